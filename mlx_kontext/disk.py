@@ -1,0 +1,97 @@
+"""Writes that are whole or absent, also after a crash or a power cut. Standard library only."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from .errors import RequestError, ResourceError
+
+
+def write_atomic(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Write `data` to `path`: temporary file beside it, sync, rename, sync the folder.
+
+    Raises RequestError if `path` exists and `overwrite` is false, or if its folder is missing or not writable;
+    ResourceError if the disk is full.
+    """
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    replace_atomic(path, write, overwrite=overwrite)
+
+
+def replace_atomic(path: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+    """As `write_atomic`, for writers that want a path: `write(temporary)` fills it, the rename makes it `path`."""
+    if path.exists() and not overwrite:
+        raise RequestError(f"{path} exists; choose another name or pass --overwrite (overwrite=True)")
+    if not path.parent.is_dir():
+        raise RequestError(f"{path.parent} is not a folder; create it first")
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            _sync(file.fileno())
+        # mkstemp makes 0600; a picture the user asked for gets the rights any new file gets.
+        os.chmod(temporary, 0o666 & ~_umask())
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            _rename_exclusive(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _explain(error, path) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _rename_exclusive(temporary: Path, path: Path) -> None:
+    """Give the file its name unless somebody else took it meanwhile: a hard link fails where a rename would replace."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise RequestError(f"{path} appeared while we worked; choose another name or pass --overwrite") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.rename(temporary, path)  # FAT, SMB and friends have no links
+
+
+def _sync(descriptor: int) -> None:
+    """Flush to the platter. On macOS fsync stops at the drive's cache, F_FULLFSYNC does not (some volumes lack it)."""
+    import fcntl
+
+    full_sync = getattr(fcntl, "F_FULLFSYNC", None)
+    if full_sync is not None:
+        try:
+            fcntl.fcntl(descriptor, full_sync)
+            return
+        except OSError:
+            pass
+    os.fsync(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    except OSError:
+        pass  # some network volumes refuse to sync a folder; the file itself is synced
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _explain(error: OSError, path: Path) -> RequestError | ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(f"{path}: the disk is full; nothing was written")
+    return RequestError(f"{path} cannot be written ({error.strerror}); choose another place")

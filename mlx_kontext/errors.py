@@ -1,0 +1,66 @@
+"""Everything mlx_kontext raises on purpose.
+
+    KontextError
+      RequestError(ValueError)   bad prompt, size, steps, mask, region
+      ImageError                 a file that is not a usable image
+      CheckpointError            no files, unknown or refused format, names/shapes/dtypes that do not fit
+      AdapterError               a LoRA that does not fit
+      ModelNotFound              missing, gated, offline; carries the next command to type
+      ResourceError              memory or disk, before the work starts where it can be known
+      SessionError               unreadable, locked, newer version
+      SafetyRefusal              .stage (prompt | input | output), .reason
+
+A message is one line: what was found, what was expected, what to do next. `exit_code` is what the command line returns.
+"""
+
+
+class KontextError(Exception):
+    """Base class: catching it catches every deliberate failure of this package."""
+
+    exit_code = 1
+
+
+class RequestError(KontextError, ValueError):
+    """The request itself cannot work: prompt, size, steps, guidance, an output path that is taken."""
+
+    exit_code = 2
+
+
+class ImageError(KontextError):
+    """The input picture is missing, unreadable or of a kind that cannot be edited."""
+
+    exit_code = 5
+
+
+class CheckpointError(KontextError):
+    """Weights, configuration or tokenizer files that are absent, damaged or of another model."""
+
+
+class AdapterError(KontextError):
+    """A LoRA that does not fit the model."""
+
+
+class ModelNotFound(KontextError):
+    """The model is not on this machine, or the hub will not hand it out; the message says what to type."""
+
+    exit_code = 3
+
+
+class ResourceError(KontextError):
+    """Not enough memory or disk."""
+
+    exit_code = 4
+
+
+class SessionError(KontextError):
+    """An edit session that cannot be read or written."""
+
+
+class SafetyRefusal(KontextError):
+    """A safety check refused or held the prompt, the input or the output."""
+
+    exit_code = 6
+
+    def __init__(self, stage: str, reason: str):
+        super().__init__(f"{stage} refused: {reason}")
+        self.stage, self.reason = stage, reason
