@@ -1,0 +1,158 @@
+"""From a prompt to what the transformer reads: T5 states and a pooled CLIP vector, remembered per prompt."""
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from .backend import mx
+from .errors import CheckpointError
+
+_CLIP_LENGTH = 77
+_REMEMBERED = 32  # prompts; 4 MB each at full size in bf16
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """txt: [1, L, 4096] T5 states, vec: [1, 768] pooled CLIP, tokens: T5 tokens the whole prompt has, end included."""
+
+    txt: mx.array
+    vec: mx.array
+    tokens: int
+
+
+class TextEncoders:
+    """CLIP and T5 with their tokenizers; the models are fetched when a prompt is new and may be let go in between.
+
+    load: gives the model of a part ("text_encoder" is CLIP, "text_encoder_2" is T5).
+    """
+
+    def __init__(self, folder: Path, load: Callable[[str], Any], dtype: mx.Dtype):
+        self._load, self._dtype = load, dtype
+        self.clip_ids = clip_tokenizer(folder / "tokenizer")
+        self.t5_ids = t5_tokenizer(folder / "tokenizer_2")
+        self._memory: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+
+    def encode(self, prompt: str, max_sequence_length: int) -> Conditioning:
+        """Read a prompt. T5 is padded or cut to `max_sequence_length` tokens, CLIP cut to 77, each keeping its end token."""
+        key = (prompt, max_sequence_length)
+        if key not in self._memory:
+            ids, tokens = self.t5_ids(prompt, max_sequence_length)
+            txt = self._load("text_encoder_2")(mx.array([ids])).astype(self._dtype)
+            vec = self._load("text_encoder")(mx.array([self.clip_ids(prompt)])).astype(self._dtype)
+            mx.eval(txt, vec)
+            self._memory[key] = Conditioning(txt, vec, tokens)
+            if len(self._memory) > _REMEMBERED:
+                self._memory.popitem(last=False)
+        self._memory.move_to_end(key)
+        return self._memory[key]
+
+    def knows(self, prompt: str, max_sequence_length: int) -> bool:
+        """Whether this prompt can be had without the models."""
+        return (prompt, max_sequence_length) in self._memory
+
+
+def clip_tokenizer(folder: Path) -> Callable[[str], list[int]]:
+    """CLIP's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
+
+    The function returned gives start token, at most 75 tokens, and the first end token; padding cannot matter to CLIP.
+    Raises CheckpointError if the files are missing or unusable.
+    """
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _from_file(folder / "tokenizer.json")
+    else:
+        tokenizer = _clip_from_merges(folder)
+    start, end = (_special(tokenizer, token, folder) for token in ("<|startoftext|>", "<|endoftext|>"))
+
+    def ids(text: str) -> list[int]:
+        body = tokenizer.encode(text, add_special_tokens=False).ids[: _CLIP_LENGTH - 2]
+        if end in body:  # the user wrote the end token out: CLIP is read at the first one
+            body = body[: body.index(end)]
+        return [start, *body, end]
+
+    return ids
+
+
+def _clip_from_merges(folder: Path) -> Tokenizer:
+    try:
+        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
+        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        bpe = models.BPE(vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix="")
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _unusable(folder, "tokenizer.json, or vocab.json with merges.txt", error) from None
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    return tokenizer
+
+
+def t5_tokenizer(folder: Path) -> Callable[[str, int], tuple[list[int], int]]:
+    """T5's unigram model from `tokenizer.json`, or from `spiece.model`.
+
+    The function returned gives exactly `length` ids (end token kept, zeros after it) and how many the whole text has.
+    Raises CheckpointError if the files are missing or unusable.
+    """
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _from_file(folder / "tokenizer.json")
+        end, pad = (_special(tokenizer, token, folder) for token in ("</s>", "<pad>"))
+
+        def pieces(text: str) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    else:
+        pieces, end, pad = _t5_from_sentencepiece(folder)
+
+    def ids(text: str, length: int) -> tuple[list[int], int]:
+        body = pieces(text.strip())  # some published tokenizer.json files turn a trailing space into a token
+        kept = [*body[: length - 1], end]
+        return kept + [pad] * (length - len(kept)), len(body) + 1
+
+    return ids
+
+
+def _t5_from_sentencepiece(folder: Path) -> tuple[Callable[[str], list[int]], int, int]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        # read by us: sentencepiece reports a missing file on stderr from C++
+        processor = SentencePieceProcessor(model_proto=(folder / "spiece.model").read_bytes())
+    except Exception as error:
+        raise _unusable(folder, "tokenizer.json or spiece.model", error) from None
+    return processor.encode, processor.eos_id(), max(processor.pad_id(), 0)
+
+
+def _from_file(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(os.fspath(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _unusable(path.parent, "a readable tokenizer.json", error) from None
+    tokenizer.no_truncation()  # lengths are ours to decide, whatever the file was saved with
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _special(tokenizer: Tokenizer, token: str, folder: Path) -> int:
+    number: int | None = tokenizer.token_to_id(token)
+    if number is None:
+        raise CheckpointError(f"{folder}: the tokenizer has no {token}; are tokenizer/ (CLIP) and tokenizer_2/ (T5) swapped?")
+    return number
+
+
+def _unusable(folder: Path, needed: str, error: Exception) -> CheckpointError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(f"{folder}: {needed} is needed ({reason}); download the model again")

@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: gate, formats, strict filling, our own folder."""

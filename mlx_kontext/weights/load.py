@@ -1,0 +1,194 @@
+"""Open a model folder and fill models from it, lazily and strictly.
+
+No file reaches MLX before the header gate: a crafted safetensors file can crash the process otherwise.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..backend import mx, nn
+from ..errors import CheckpointError
+from ..models.clip import CLIPConfig, CLIPText
+from ..models.flux import Flux, FluxConfig
+from ..models.t5 import T5Config, T5Encoder
+from ..models.vae import AutoEncoder, VAEConfig
+from ..sampling import ScheduleConfig
+from .formats import FORMATS, PARTS, Format, Tensors
+from .header import TensorInfo, read_header, read_index
+
+MODELS: dict[str, tuple[Any, Any]] = {
+    "transformer": (FluxConfig, Flux),
+    "vae": (VAEConfig, AutoEncoder),
+    "text_encoder": (CLIPConfig, CLIPText),
+    "text_encoder_2": (T5Config, T5Encoder),
+}
+_BASES = ("model", "diffusion_pytorch_model")
+_READABLE = ("F32", "F16", "BF16")
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model folder of a known format; nothing but its JSON files has been read."""
+
+    folder: Path
+    format: Format
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Raises CheckpointError if the folder is of no format we read."""
+        if not (folder / "model_index.json").is_file():
+            raise CheckpointError(
+                f"{folder} has no model_index.json; expected a folder in diffusers' layout, or one that save_pretrained wrote"
+            )
+        index = read_json(folder / "model_index.json")
+        for form in FORMATS:
+            if form.matches(index):
+                return cls(folder, form, index)
+        raise CheckpointError(
+            f"{folder} holds a {index.get('_class_name', 'model of no named class')}; expected FluxKontextPipeline "
+            "(FLUX.1 Kontext [dev]) or our own KontextPipeline"
+        )
+
+    def config(self, part: str) -> Any:
+        """The sizes of one part, as its model's dataclass. Raises CheckpointError for what that model cannot be."""
+        return from_json(MODELS[part][0], self.folder / part / "config.json")
+
+    def schedule_config(self) -> ScheduleConfig:
+        return from_json(ScheduleConfig, self.folder / "scheduler" / "scheduler_config.json")
+
+    def files(self, part: str) -> list[Path]:
+        """The safetensors files of one part, in order. Raises CheckpointError naming the shard that is missing."""
+        folder = self.folder / part
+        for base in _BASES:
+            index = folder / f"{base}.safetensors.index.json"
+            if index.is_file():
+                return sorted(set(read_index(index).values()))
+            if (folder / f"{base}.safetensors").is_file():
+                return [folder / f"{base}.safetensors"]
+        found = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+        what = f"found {', '.join(found[:4])}" if found else "it is empty or missing"
+        raise CheckpointError(
+            f"{folder}: no model.safetensors (or shards with an index) for the {PARTS[part]}; {what}; download the model again"
+        )
+
+    def headers(self, part: str) -> dict[str, TensorInfo]:
+        """Name, shape and dtype of every stored tensor of one part, from the headers alone."""
+        tensors: dict[str, TensorInfo] = {}
+        for path in self.files(part):
+            for name, info in read_header(path).tensors.items():
+                if name in tensors:
+                    raise CheckpointError(f"{path}: {name} is in another shard too; download the model again")
+                if info.dtype not in _READABLE:
+                    raise CheckpointError(
+                        f"{path}: {name} is {info.dtype}; this version reads {', '.join(_READABLE)}, take the unquantized model"
+                    )
+                tensors[name] = info
+        return tensors
+
+    def tensors(self, part: str) -> Tensors:
+        """Canonical name -> lazy array, as stored: no bytes are read before an array is evaluated."""
+        self.headers(part)  # the gate
+        tensors: Tensors = {}
+        for path in self.files(part):
+            tensors |= mx.load(str(path))
+        return self.format.to_canonical[part](tensors)
+
+    def model(self, part: str, dtype: mx.Dtype) -> nn.Module:
+        """The model of one part with its weights, lazily, in `dtype`."""
+        model = MODELS[part][1](self.config(part))
+        fill(model, self.tensors(part), dtype, f"{self.folder / part}")
+        return model
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """A short hash of transformer and VAE, from tensors at their two ends: tells fine-tunes of one size apart."""
+        ends = {
+            "transformer": ("img_in.weight", "final_layer.linear.weight"),
+            "vae": ("encoder.conv_in.weight", "decoder.conv_out.weight"),
+        }
+        hashes = {}
+        for part, names in ends.items():
+            tensors, digest = self.tensors(part), hashlib.sha256()
+            for name in names:
+                value = tensors[name].astype(mx.float32)
+                mx.eval(value)
+                digest.update(np.array(value).tobytes())
+            hashes[part] = digest.hexdigest()[:16]
+        return hashes
+
+
+def fill(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, where: str) -> None:
+    """Put tensors into a model, cast lazily. Raises CheckpointError listing what is missing, unexpected or misshaped."""
+    expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "misshaped": [
+            f"{name} {tuple(tensors[name].shape)} instead of {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in tensors and tuple(tensors[name].shape) != tuple(shape)
+        ],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names)
+        raise CheckpointError(f"{where}: tensors do not fit config.json: {told}; is this the whole, right model?")
+    model.load_weights([(name, value.astype(dtype)) for name, value in tensors.items()])
+    model.eval()
+
+
+def from_json(config: type[_T], path: Path) -> _T:
+    """A config dataclass from its JSON file; keys it has no field for belong to other programs and are left alone.
+
+    Raises CheckpointError if a field is of another type, or a key says something the model cannot be.
+    """
+    values = read_json(path)
+    for key, needed in getattr(config, "REQUIRED", {}).items():
+        if values.get(key, needed) != needed:
+            raise CheckpointError(f"{path}: {key} is {values[key]!r}; FLUX.1 Kontext has {needed!r}, this is another model")
+    taken = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        if field.name not in values:
+            continue
+        value, default = values[field.name], field.default
+        if isinstance(default, tuple):
+            ok = isinstance(value, list) and value and all(type(item) is int and 0 < item <= 2**16 for item in value)
+            value = tuple(value) if ok else value
+        elif isinstance(default, bool):
+            ok = isinstance(value, bool)
+        elif isinstance(default, int):
+            ok = type(value) is int and 0 < value <= 2**20
+        else:
+            ok = type(value) in (int, float) and abs(value) < 1e6
+        if not ok:
+            raise CheckpointError(f"{path}: {field.name} is {value!r}; expected something like {default!r}")
+        taken[field.name] = value
+    return config(**taken)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 8 MB. Raises CheckpointError."""
+    try:
+        if path.stat().st_size > 8 * 2**20:
+            raise CheckpointError(f"{path} is over 8 MB; expected a small JSON file")
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; download the model again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({str(error).splitlines()[0]}); download the model again") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object")
+    return values
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

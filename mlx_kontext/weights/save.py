@@ -1,0 +1,101 @@
+"""Write our model folder: diffusers' folders with mlx-lm's file habits."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..backend import mx
+from ..disk import replace_atomic, write_atomic
+from ..errors import RequestError
+from .formats import PARTS, Tensors
+from .load import Checkpoint
+
+_SHARD_BYTES = 10**9
+_KEPT = ("resolutions", "defaults")  # of model_index.json
+_CARD = """---
+library_name: mlx
+---
+# {name}
+
+Weights for [mlx_kontext](https://pypi.org/project/mlx-kontext/) {version}, rewritten from a {format} without a change of
+precision. The weights keep the licence of the model they come from; for FLUX.1 Kontext [dev] that is the FLUX.1 [dev]
+Non-Commercial License, which asks for content filters or a manual review of what the model makes.
+"""
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write `checkpoint` to `folder` in canonical names at its stored precision, one shard in memory at a time.
+
+    `model_index.json` comes last: a folder without it is not a model, so an interrupted save is never taken for one.
+    Raises RequestError if the folder exists and is not empty, ResourceError on a full disk.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RequestError(f"{folder} exists and is not empty; choose a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        (folder / part).mkdir()
+        shutil.copyfile(checkpoint.folder / part / "config.json", folder / part / "config.json")
+        save_tensors(checkpoint.tensors(part), folder / part)
+    for name in ("tokenizer", "tokenizer_2", "scheduler"):
+        shutil.copytree(checkpoint.folder / name, folder / name)
+    texts = [path for path in checkpoint.folder.glob("*.md") if path.is_file()]
+    for path in texts:
+        shutil.copyfile(path, folder / path.name)
+    if not (folder / "README.md").exists():
+        card = _CARD.format(name=folder.name, version=__version__, format=checkpoint.format.name)
+        write_atomic(folder / "README.md", card.encode(), overwrite=False)
+    index = {"_class_name": "KontextPipeline", "library": "mlx_kontext", "version": __version__}
+    write_json(folder / "model_index.json", index | {key: checkpoint.index[key] for key in _KEPT if key in checkpoint.index})
+
+
+def save_tensors(tensors: Tensors, folder: Path) -> None:
+    """Write `model.safetensors`, or shards of at most 1 GB with an index; modulation lies in shards of its own.
+
+    The runtime reads modulation once per prompt and schedule, so it must be possible to leave it on disk. Takes the
+    tensors out of the dictionary as it writes them, so that one shard is in memory at a time.
+    """
+    shards = list(_shards({name: value.nbytes for name, value in tensors.items()}))
+    where, total = {}, sum(value.nbytes for value in tensors.values())
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        shard = {name: tensors.pop(name) for name in names}
+
+        def write(temporary: Path, shard: Tensors = shard) -> None:
+            mx.save_safetensors(str(temporary), shard, {"format": "mlx"})
+
+        replace_atomic(folder / file, write, overwrite=False)
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def is_modulation(name: str) -> bool:
+    """Whether a transformer tensor is needed only to make the modulation tables."""
+    return "_mod.lin." in name or ".modulation.lin." in name
+
+
+def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Names grouped into shards, in order, modulation after the rest."""
+    for group in (False, True):
+        shard: list[str] = []
+        room = _SHARD_BYTES
+        for name, size in sizes.items():
+            if is_modulation(name) != group:
+                continue
+            if shard and size > room:
+                yield shard
+                shard, room = [], _SHARD_BYTES
+            shard.append(name)
+            room -= size
+        if shard:
+            yield shard
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(values, indent=2) + "\n").encode(), overwrite=True)
+
+
