@@ -40,6 +40,7 @@ HAS_OPENBLAS = preload_openblas()
 try:
     import mlx.core as mx
     import mlx.nn as nn
+    from mlx.utils import tree_flatten
 except ImportError as error:
     raise KontextError(why_no_mlx(error)) from None
 
@@ -52,6 +53,7 @@ __all__ = [
     "nn",
     "part_dtype",
     "physical_memory",
+    "tree_flatten",
 ]
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

@@ -32,7 +32,9 @@ def settings() -> dict[str, Setting]:
     for path in (user_file(), Path("mlx-kontext.toml")):
         for name, value in _read(path).items():
             if name not in DEFAULTS or not isinstance(value, str):
-                raise RequestError(f"{path}: {name} = {value!r} is no setting; known are {', '.join(DEFAULTS)}, each a string")
+                raise RequestError(
+                    f"{path}: {name} = {value!r} is no setting; known are {', '.join(DEFAULTS)}, each a string"
+                )
             found[name] = Setting(value, str(path))
     for name in DEFAULTS:
         variable = f"MLX_KONTEXT_{name.upper()}"

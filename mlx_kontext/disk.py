@@ -2,8 +2,9 @@
 
 import errno
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import RequestError, ResourceError
@@ -15,6 +16,7 @@ def write_atomic(path: Path, data: bytes, *, overwrite: bool) -> None:
     Raises RequestError if `path` exists and `overwrite` is false, or if its folder is missing or not writable;
     ResourceError if the disk is full.
     """
+
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 
@@ -23,20 +25,19 @@ def write_atomic(path: Path, data: bytes, *, overwrite: bool) -> None:
 
 def replace_atomic(path: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
     """As `write_atomic`, for writers that want a path: `write(temporary)` fills it, the rename makes it `path`."""
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # Path.exists raises for a name that is too long
         raise RequestError(f"{path} exists; choose another name or pass --overwrite (overwrite=True)")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise RequestError(f"{path.parent} is not a folder; create it first")
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        name = path.parent / f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}"
+        # Not mkstemp, which makes 0600: a picture the user asked for gets the rights any new file gets.
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        temporary = name
         write(temporary)
         with open(temporary, "rb+") as file:
             _sync(file.fileno())
-        # mkstemp makes 0600; a picture the user asked for gets the rights any new file gets.
-        os.chmod(temporary, 0o666 & ~_umask())
         if overwrite:
             os.replace(temporary, path)
         else:
@@ -76,19 +77,13 @@ def _sync(descriptor: int) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    except OSError:
-        pass  # some network volumes refuse to sync a folder; the file itself is synced
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    """Best effort: the file is synced and has its name, and some network volumes refuse to open or sync a folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _explain(error: OSError, path: Path) -> RequestError | ResourceError:

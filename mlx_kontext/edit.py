@@ -73,13 +73,20 @@ class EditRequest:
         if self.seed is not None and not self.seeds:
             raise RequestError("seed is an empty list; give at least one seed, or none at all to draw one")
         if len(set(self.seeds)) < len(self.seeds):
-            raise RequestError(f"seed is {list(self.seeds)}; each seed may appear once, equal seeds give equal pictures")
+            raise RequestError(
+                f"seed is {list(self.seeds)}; each seed may appear once, equal seeds give equal pictures"
+            )
         _whole("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
         _whole("max_sequence_length", self.max_sequence_length, 1, 512)
         _whole("width", self.width, 1, 2**15)
         _whole("height", self.height, 1, 2**15)
         if (self.width is None) != (self.height is None):
             raise RequestError(f"width is {self.width}, height is {self.height}; give both or neither")
+        for name in ("auto_resize", "draft"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if not isinstance(self.negative_prompt, str | None):
+            raise RequestError(f"negative_prompt is {self.negative_prompt!r}; it must be text")
         _number("guidance_scale", self.guidance_scale, 0.0)
         _number("true_cfg_scale", self.true_cfg_scale, 1.0)
         if (self.negative_prompt is None) != (self.true_cfg_scale == 1):
@@ -121,7 +128,9 @@ class EditRequest:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if f.name not in ("image", "latents") and value != f.default:
-                values[f.name] = list(value) if f.name == "seed" and isinstance(value, Sequence) else value
+                values[f.name] = [int(v) for v in value] if f.name == "seed" and isinstance(value, Sequence) else value
+                if isinstance(value, np.generic):
+                    values[f.name] = value.item()  # JSON knows no numpy numbers
         if isinstance(self.image, (str, os.PathLike)):
             values["image"] = os.fspath(self.image)
         elif self.image is not None:
@@ -144,7 +153,9 @@ class EditRequest:
             raise RequestError("this request started from explicit latents; pass them again as latents=")
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise RequestError(f"unknown keys in a stored request: {', '.join(unknown)}; was it written by a newer version?")
+            raise RequestError(
+                f"unknown keys in a stored request: {', '.join(unknown)}; was it written by a newer version?"
+            )
         if image is None:
             image = stored_image
         if image is None and had_image:
@@ -253,5 +264,10 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
 def _number(name: str, value: Any, low: float) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not math.isfinite(value) or value < low:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.floating))
+        or not math.isfinite(value)
+        or value < low
+    ):
         raise RequestError(f"{name} is {value!r}; it must be a finite number of at least {low:g}")

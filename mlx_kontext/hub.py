@@ -10,7 +10,11 @@ from .errors import CheckpointError, ModelNotFound
 KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 # never the single-file copies beside them: they double a 34 GB download
-_PATTERNS = ["model_index.json", "*.md", *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors", "txt", "model"))]
+_PATTERNS = [
+    "model_index.json",
+    "*.md",
+    *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "safetensors", "txt", "model")),
+]
 
 
 def find_model(
@@ -28,9 +32,9 @@ def find_model(
     if name == "demo":
         return demo_folder()
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
-    if path.exists():
+    if name and path.exists():
         raise CheckpointError(f"{name} is a file; this version reads model folders (diffusers' layout or our own)")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII):
         raise ModelNotFound(f"no model {name!r}: expected demo, a folder that exists, or a hub id such as {KONTEXT}")
@@ -45,7 +49,9 @@ def demo_folder() -> Path:
     for place in places:
         if (place / "model_index.json").is_file():
             return place
-    raise ModelNotFound("the demo model is missing from this installation; type: pip install --force-reinstall mlx-kontext")
+    raise ModelNotFound(
+        "the demo model is missing from this installation; type: pip install --force-reinstall mlx-kontext"
+    )
 
 
 def _from_hub(name: str, local_files_only: bool, revision: str | None, token: str | bool | None) -> Path:
@@ -60,7 +66,11 @@ def _from_hub(name: str, local_files_only: bool, revision: str | None, token: st
         RevisionNotFoundError,
     )
 
-    pull = f"hf download {name} " + " ".join(f'--include "{part}/*"' for part in PARTS) + ' --include "*.json" --include "*.md"'
+    pull = (
+        f"hf download {name} "
+        + " ".join(f'--include "{part}/*"' for part in PARTS)
+        + ' --include "*.json" --include "*.md"'
+    )
     try:
         return Path(
             snapshot_download(
@@ -72,14 +82,22 @@ def _from_hub(name: str, local_files_only: bool, revision: str | None, token: st
             f"{name} is gated: accept its licence at https://huggingface.co/{name}, then type: hf auth login"
         ) from None
     except RevisionNotFoundError:
-        raise ModelNotFound(f"{name} has no revision {revision!r}; look at https://huggingface.co/{name}/commits/main") from None
+        raise ModelNotFound(
+            f"{name} has no revision {revision!r}; look at https://huggingface.co/{name}/commits/main"
+        ) from None
     except RepositoryNotFoundError:
         raise ModelNotFound(
             f"the hub knows no {name}, or it is private; check the name, or log in with: hf auth login"
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        licence = f"accept its licence at https://huggingface.co/{name}, type hf auth login, then: " if name == KONTEXT else ""
+        licence = (
+            f"accept its licence at https://huggingface.co/{name}, type hf auth login, then: "
+            if name == KONTEXT
+            else ""
+        )
         size = " (34 GB)" if name == KONTEXT else ""
         raise ModelNotFound(f"{name} is not on this machine{size}; {licence}{pull}") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelNotFound(f"{name} could not be downloaded: {str(error).strip().splitlines()[0]}; try again later") from None
+        raise ModelNotFound(
+            f"{name} could not be downloaded: {str(error).strip().splitlines()[0]}; try again later"
+        ) from None

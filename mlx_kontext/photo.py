@@ -71,12 +71,12 @@ def read_photo(source: str | PathLike[str] | Image.Image | np.ndarray) -> Photo:
 
 
 @contextmanager
-def open_picture(path: Path) -> Iterator[Image.Image]:
+def open_picture(path: Path, name: str = "") -> Iterator[Image.Image]:
     """The picture in a file: its header is read and its size within our limits, its pixels are not decoded yet.
 
-    Whatever Pillow raises inside the `with` block leaves it as an ImageError.
+    Whatever Pillow raises inside the `with` block leaves it as an ImageError, about `name` or else the path.
     """
-    name = printable(str(path))
+    name = name or printable(str(path))
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -84,14 +84,16 @@ def open_picture(path: Path) -> Iterator[Image.Image]:
     except (OSError, ValueError) as error:
         raise ImageError(f"{name} cannot be opened ({_reason(error)}); check the path") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(
-            f"{name} is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no file'}; give one picture file"
-        )
+        found = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
+        raise ImageError(f"{name} is {found}; give one picture file")
     if not 0 < status.st_size <= MAX_BYTES:
         raise ImageError(f"{name} has {status.st_size} bytes; a picture file has 1 to {MAX_BYTES}")
     with _in_words(name), open(path, "rb") as file:
         if _is_heic(file.read(64)):
-            with tempfile.TemporaryDirectory() as folder, open_picture(_heic_to_png(path, Path(folder))) as picture:
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                open_picture(_heic_to_png(path, Path(folder)), name) as picture,
+            ):
                 yield picture
             return
         with Image.open(file, formats=FORMATS) as picture:
@@ -117,7 +119,9 @@ def _in_words(name: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise ImageError(f"{name} has more than {MAX_PIXELS // 10**6} megapixels; scale it down first") from None
     except Exception as error:  # Pillow's decoders raise anything on a damaged file: OSError, struct.error, KeyError...
-        raise ImageError(f"{name} is damaged or incomplete ({_reason(error)}); get a fresh copy of it") from error
+        raise ImageError(
+            f"{name} cannot be decoded ({_reason(error)}); get a fresh copy of it or convert it to PNG"
+        ) from error
 
 
 def _check_size(name: str, width: int, height: int, largest: int) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -49,9 +49,9 @@ class Defaults:
 class KontextPipeline:
     """A model ready to edit. Belongs to the thread that made it, as MLX's arrays do.
 
-        pipe = KontextPipeline.from_pretrained("demo")
-        result = pipe(image="cat.jpg", prompt="give it a red scarf", seed=7)
-        result.save("scarf.png")
+    pipe = KontextPipeline.from_pretrained("demo")
+    result = pipe(image="cat.jpg", prompt="give it a red scarf", seed=7)
+    result.save("scarf.png")
     """
 
     def __init__(self, checkpoint: Checkpoint, *, dtype: str | None = None, name: str | None = None):
@@ -155,10 +155,9 @@ class KontextPipeline:
             return unwanted[0] + request.true_cfg_scale * (wanted - unwanted[0]) if unwanted else wanted
 
         for number, seed in enumerate(request.seeds):
-            x = self._start(request, seed, grid)
             paces: list[float] = []
             before = time.perf_counter()
-            for i, x, target in euler(velocity, x, sigmas):
+            for i, x, target in euler(velocity, self._start(request, seed, grid), sigmas):
                 if not mx.isfinite(x).all().item():
                     raise KontextError(f"step {i + 1}: the latents are no longer finite; try dtype='float32'")
                 total, now = len(sigmas) - 1, time.perf_counter()
@@ -177,7 +176,7 @@ class KontextPipeline:
                 if i + 1 == total:
                     mine = dataclasses.replace(request, seed=seed)
                     result = self._finish(mine, seed, x, grid, time.perf_counter() - started, tuple(notices))
-                    step = dataclasses.replace(step, eta=pace * left, result=result)
+                    step = dataclasses.replace(step, result=result)
                     started = time.perf_counter()
                 yield step
                 before = time.perf_counter()
@@ -373,7 +372,9 @@ def _defaults(checkpoint: Checkpoint) -> Defaults:
     where = checkpoint.folder / "model_index.json"
     known = {field.name for field in dataclasses.fields(Defaults)}
     if not isinstance(values, dict) or not set(values) <= known:
-        raise CheckpointError(f"{where}: defaults is {values!r}; expected an object with some of {', '.join(sorted(known))}")
+        raise CheckpointError(
+            f"{where}: defaults is {values!r}; expected an object with some of {', '.join(sorted(known))}"
+        )
     for name, value in values.items():
         if type(value) not in (int, float) or not 0 < value <= 1000:
             raise CheckpointError(f"{where}: defaults.{name} is {value!r}; expected a number above 0")

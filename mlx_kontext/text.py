@@ -64,10 +64,8 @@ def clip_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     The function returned gives start token, at most 75 tokens, and the first end token; padding cannot matter to CLIP.
     Raises CheckpointError if the files are missing or unusable.
     """
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _from_file(folder / "tokenizer.json")
-    else:
-        tokenizer = _clip_from_merges(folder)
+    file = folder / "tokenizer.json"
+    tokenizer = _from_file(file) if file.is_file() else _clip_from_merges(folder)
     start, end = (_special(tokenizer, token, folder) for token in ("<|startoftext|>", "<|endoftext|>"))
 
     def ids(text: str) -> list[int]:
@@ -83,8 +81,11 @@ def _clip_from_merges(folder: Path) -> Tokenizer:
     try:
         vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
         lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        bpe = models.BPE(vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix="")
+        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
+        merges = [(first, second) for first, second in pairs]
+        bpe = models.BPE(
+            vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""
+        )
     except Exception as error:  # tokenizers raises plain Exception
         raise _unusable(folder, "tokenizer.json, or vocab.json with merges.txt", error) from None
     tokenizer = Tokenizer(bpe)
@@ -114,9 +115,14 @@ def t5_tokenizer(folder: Path) -> Callable[[str, int], tuple[list[int], int]]:
 
         def pieces(text: str) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
-    else:
-        pieces, end, pad = _t5_from_sentencepiece(folder)
 
+        return _fixed_length(pieces, end, pad)
+    return _fixed_length(*_t5_from_sentencepiece(folder))
+
+
+def _fixed_length(
+    pieces: Callable[[str], list[int]], end: int, pad: int
+) -> Callable[[str, int], tuple[list[int], int]]:
     def ids(text: str, length: int) -> tuple[list[int], int]:
         body = pieces(text.strip())  # some published tokenizer.json files turn a trailing space into a token
         kept = [*body[: length - 1], end]
@@ -149,7 +155,9 @@ def _from_file(path: Path) -> Tokenizer:
 def _special(tokenizer: Tokenizer, token: str, folder: Path) -> int:
     number: int | None = tokenizer.token_to_id(token)
     if number is None:
-        raise CheckpointError(f"{folder}: the tokenizer has no {token}; are tokenizer/ (CLIP) and tokenizer_2/ (T5) swapped?")
+        raise CheckpointError(
+            f"{folder}: the tokenizer has no {token}; are tokenizer/ (CLIP) and tokenizer_2/ (T5) swapped?"
+        )
     return number
 
 

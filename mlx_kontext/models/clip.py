@@ -45,7 +45,9 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         B, L, _ = x.shape
-        q, k, v = (f(x).reshape(B, L, self.heads, -1).transpose(0, 2, 1, 3) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            f(x).reshape(B, L, self.heads, -1).transpose(0, 2, 1, 3) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask="causal")
         return self.out_proj(out.transpose(0, 2, 1, 3).flatten(2))
 

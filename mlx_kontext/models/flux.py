@@ -122,10 +122,18 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         self.img_mod = ModulationLinear(config.hidden, 6)
         self.img_attn = SelfAttention(config)
-        self.img_mlp = [nn.Linear(config.hidden, config.mlp_hidden), nn.GELU("tanh"), nn.Linear(config.mlp_hidden, config.hidden)]
+        self.img_mlp = [
+            nn.Linear(config.hidden, config.mlp_hidden),
+            nn.GELU("tanh"),
+            nn.Linear(config.mlp_hidden, config.hidden),
+        ]
         self.txt_mod = ModulationLinear(config.hidden, 6)
         self.txt_attn = SelfAttention(config)
-        self.txt_mlp = [nn.Linear(config.hidden, config.mlp_hidden), nn.GELU("tanh"), nn.Linear(config.mlp_hidden, config.hidden)]
+        self.txt_mlp = [
+            nn.Linear(config.hidden, config.mlp_hidden),
+            nn.GELU("tanh"),
+            nn.Linear(config.mlp_hidden, config.hidden),
+        ]
 
     def __call__(
         self, img: mx.array, txt: mx.array, pe: mx.array, mod: tuple[mx.array, mx.array]

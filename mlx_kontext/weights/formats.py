@@ -163,7 +163,7 @@ FORMATS = (
     Format(
         "mlx_kontext folder",
         lambda index: index.get("_class_name") == "KontextPipeline",
-        {part: _same for part in PARTS},
+        dict.fromkeys(PARTS, _same),
     ),
     Format(
         "diffusers folder",

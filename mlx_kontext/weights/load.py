@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from mlx.utils import tree_flatten
 
-from ..backend import mx, nn
+from ..backend import mx, nn, tree_flatten
 from ..errors import CheckpointError
 from ..models.clip import CLIPConfig, CLIPText
 from ..models.flux import Flux, FluxConfig
@@ -100,7 +99,7 @@ class Checkpoint:
         self.headers(part)  # the gate
         tensors: Tensors = {}
         for path in self.files(part):
-            tensors |= mx.load(str(path))
+            tensors.update(mx.load(str(path)))  # type: ignore[arg-type]  # a dict, for safetensors
         return self.format.to_canonical[part](tensors)
 
     def model(self, part: str, dtype: mx.Dtype) -> nn.Module:
@@ -129,7 +128,7 @@ class Checkpoint:
 
 def fill(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, where: str) -> None:
     """Put tensors into a model, cast lazily. Raises CheckpointError listing what is missing, unexpected or misshaped."""
-    expected = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    expected = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
@@ -154,7 +153,9 @@ def from_json(config: type[_T], path: Path) -> _T:
     values = read_json(path)
     for key, needed in getattr(config, "REQUIRED", {}).items():
         if values.get(key, needed) != needed:
-            raise CheckpointError(f"{path}: {key} is {values[key]!r}; FLUX.1 Kontext has {needed!r}, this is another model")
+            raise CheckpointError(
+                f"{path}: {key} is {values[key]!r}; FLUX.1 Kontext has {needed!r}, this is another model"
+            )
     taken = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         if field.name not in values:
@@ -184,7 +185,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; download the model again") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({str(error).splitlines()[0]}); download the model again") from None
+        raise CheckpointError(
+            f"{path} is not readable JSON ({str(error).splitlines()[0]}); download the model again"
+        ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object")
     return values

@@ -48,7 +48,9 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         card = _CARD.format(name=folder.name, version=__version__, format=checkpoint.format.name)
         write_atomic(folder / "README.md", card.encode(), overwrite=False)
     index = {"_class_name": "KontextPipeline", "library": "mlx_kontext", "version": __version__}
-    write_json(folder / "model_index.json", index | {key: checkpoint.index[key] for key in _KEPT if key in checkpoint.index})
+    write_json(
+        folder / "model_index.json", index | {key: checkpoint.index[key] for key in _KEPT if key in checkpoint.index}
+    )
 
 
 def save_tensors(tensors: Tensors, folder: Path) -> None:
@@ -58,7 +60,8 @@ def save_tensors(tensors: Tensors, folder: Path) -> None:
     tensors out of the dictionary as it writes them, so that one shard is in memory at a time.
     """
     shards = list(_shards({name: value.nbytes for name, value in tensors.items()}))
-    where, total = {}, sum(value.nbytes for value in tensors.values())
+    where: dict[str, str] = {}
+    total = sum(value.nbytes for value in tensors.values())
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         shard = {name: tensors.pop(name) for name in names}
@@ -97,5 +100,3 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(values, indent=2) + "\n").encode(), overwrite=True)
-
-

@@ -1,0 +1,384 @@
+"""The command line: parse, one library call, print. The only library file that prints or exits.
+
+stdout carries results only; progress, notices and errors go to stderr. Whatever costs time to import is imported where it
+is used, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import __version__
+from .errors import KontextError, RequestError
+
+if TYPE_CHECKING:
+    from .edit import EditRequest, EditResult
+    from .pipeline import KontextPipeline
+
+INTERRUPTED = 130
+
+
+@click.group(
+    invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.version_option(__version__, message="%(version)s")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Edit pictures by written instruction with FLUX.1 Kontext [dev], on this machine.
+
+    \b
+    mlx-kontext edit cat.jpg "give it a red scarf" -o scarf.png
+    mlx-kontext edit cat.jpg "make it snow" -o snow.png --model demo
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 model missing, 4 memory or disk, 5 bad picture, 130 interrupted.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What `edit` and `generate` have in common. No defaults here: what is not typed may come from a record or the model."""
+    options = [
+        click.option(
+            "-o", "--output", required=True, metavar="OUT", help="PNG, JPEG or WebP; {seed} is filled in; - is stdout."
+        ),
+        click.option(
+            "-m", "--model", metavar="M", help="demo, a folder, or a hub id. Default: see `mlx-kontext config`."
+        ),
+        click.option(
+            "--seed", type=int, multiple=True, metavar="N", help="Repeat for several results. Default: drawn, and told."
+        ),
+        click.option(
+            "--steps", "--num-inference-steps", type=int, metavar="N", help="Denoising steps. Default: the model's, 28."
+        ),
+        click.option(
+            "--guidance", "--guidance-scale", type=float, metavar="G", help="How closely to follow. Default: 2.5."
+        ),
+        click.option("--negative-prompt", metavar="T", help="What to avoid; needs --true-cfg."),
+        click.option(
+            "--true-cfg",
+            "--true-cfg-scale",
+            type=float,
+            metavar="C",
+            help="Above 1: weight against the negative prompt.",
+        ),
+        click.option("--size", metavar="S", help="WxH exactly, an aspect like 16:9, or match (the input's, default)."),
+        click.option(
+            "--max-sequence-length", type=int, metavar="N", help="T5 tokens of the prompt. Default: the model's, 512."
+        ),
+        click.option(
+            "--draft", is_flag=True, default=None, help="A quick preview: a quarter of the pixels, fewer steps."
+        ),
+        click.option("--dtype", metavar="D", help="float32, float16 or bfloat16. Default: what suits this machine."),
+        click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object a result on stdout."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("image")
+@click.argument("prompt", required=False)
+@click.option("--from", "source", metavar="PICTURE", help="Repeat what made PICTURE; options typed here win.")
+@click.option(
+    "--no-auto-resize", "no_auto_resize", is_flag=True, help="Keep the input's own size instead of its bucket."
+)
+@shared_options
+def edit(image: str, prompt: str | None, source: str | None, no_auto_resize: bool, **options: Any) -> None:
+    """Edit IMAGE as PROMPT says (- reads the prompt from stdin)."""
+    values: dict[str, Any] = {}
+    made_with: dict[str, str] = {}
+    if source is not None:
+        from .provenance import read_record
+
+        record = read_record(Path(source))
+        made_with = record.get("model") or {}
+        values = {k: v for k, v in record["request"].items() if k not in ("image", "image_sha256")}
+    elif prompt is None:
+        raise click.UsageError("Missing argument 'PROMPT'; say what to change, or repeat a picture's with --from.")
+    if no_auto_resize:
+        values["auto_resize"] = False
+    run(image, prompt, values, made_with, **options)
+
+
+@cli.command()
+@click.argument("prompt")
+@shared_options
+def generate(prompt: str, **options: Any) -> None:
+    """Make a picture from PROMPT alone (- reads it from stdin)."""
+    if options["size"] == "match":
+        raise click.UsageError("--size match needs an input picture; give WxH or an aspect like 16:9.")
+    run(None, prompt, {}, {}, **options)
+
+
+def run(
+    image: str | None,
+    prompt: str | None,
+    values: dict[str, Any],
+    made_with: dict[str, str],
+    *,
+    output: str,
+    model: str | None,
+    size: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **typed: Any,
+) -> None:
+    """One request from the words typed over the values of a record, then every result as it is ready."""
+    from .config import settings
+    from .edit import EditRequest
+
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "true_cfg": "true_cfg_scale"}
+    values |= {names.get(k, k): v for k, v in typed.items() if v not in (None, ())}
+    values["seed"] = (
+        list(values.get("seed") or [secrets.randbelow(2**32)])
+        if not isinstance(values.get("seed"), int)
+        else values["seed"]
+    )
+    values["prompt"] = sys.stdin.read() if prompt == "-" else prompt if prompt is not None else values.get("prompt")
+    seeds = [values["seed"]] if isinstance(values["seed"], int) else values["seed"]
+    aspect = read_size(size, values)
+    request = EditRequest.from_json(values, image=image)
+    paths = output_paths(output, seeds, overwrite, as_json)
+    if image is not None:
+        from .photo import read_photo
+
+        read_photo(image)  # a bad picture is told before gigabytes of model are opened
+
+    configured = settings()
+    model = model or reusable_name(made_with) or configured["model"].value
+    pipe = open_model(model, dtype or configured["dtype"].value or None)
+    if made_with.get("transformer") not in (None, pipe.checkpoint.identity["transformer"]):
+        say(f"note: the record was made with {made_with.get('name')}, this is another model")
+    if aspect:
+        request = with_aspect(request, pipe, aspect)
+
+    for result in results(pipe, request):
+        path = write(result, paths[result.seed], overwrite)
+        for notice in result.notices:
+            say(f"note: {notice}")
+        say(f"seed {result.seed}, {result.seconds:.1f} s")
+        if as_json:
+            record = result.to_json() | {
+                "path": path,
+                "seconds": round(result.seconds, 3),
+                "notices": list(result.notices),
+            }
+            click.echo(json.dumps(record))
+        elif path != "-":
+            click.echo(safe_text(path))
+
+
+def results(pipe: KontextPipeline, request: EditRequest) -> Iterator[EditResult]:
+    """Run the request under a progress bar; Ctrl-C ends it after the present step, a second one at once."""
+    from tqdm import tqdm
+
+    with interruptible() as interrupted, tqdm(disable=not sys.stderr.isatty(), unit="step", leave=False) as bar:
+        stream = pipe.stream(request)
+        for step in stream:
+            bar.total = step.total * len(request.seeds)
+            bar.set_postfix_str(f"seed {step.seed}", refresh=False)
+            bar.update()
+            if interrupted():
+                stream.close()  # type: ignore[attr-defined]
+                raise KeyboardInterrupt
+            if step.result is not None:
+                bar.clear()
+                yield step.result
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """MLX hears Ctrl-C only between steps; say so at the first, leave at once at the second."""
+    pressed = False
+
+    def on_interrupt(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            os._exit(INTERRUPTED)
+        pressed = True
+        say("\nstopping after this step; Ctrl-C again stops at once")
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_model(model: str, dtype: str | None) -> KontextPipeline:
+    """The model from this machine; the command line never downloads by surprise."""
+    say(f"opening {model}")
+    from .pipeline import KontextPipeline
+
+    return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True)
+
+
+def reusable_name(made_with: dict[str, str]) -> str | None:
+    """The recorded model if its name means the same everywhere: the demo or a hub id, not somebody's folder."""
+    name = made_with.get("name", "")
+    return name if name == "demo" or "/" in name else None
+
+
+def read_size(size: str | None, values: dict[str, Any]) -> tuple[int, int] | None:
+    """Put an exact size into `values`; return an aspect, which only the model's list of sizes can turn into pixels."""
+    if size is None:
+        return None
+    values.pop("width", None)
+    values.pop("height", None)
+    if size == "match":
+        return None
+    if exact := re.fullmatch(r"(\d{1,5})[xX×](\d{1,5})", size):
+        values["width"], values["height"] = int(exact[1]), int(exact[2])
+        return None
+    if (aspect := re.fullmatch(r"(\d{1,3}):(\d{1,3})", size)) and int(aspect[1]) and int(aspect[2]):
+        return int(aspect[1]), int(aspect[2])
+    raise RequestError(f"size is {size!r}; expected WxH such as 1024x768, an aspect such as 16:9, or match")
+
+
+def with_aspect(request: EditRequest, pipe: KontextPipeline, aspect: tuple[int, int]) -> EditRequest:
+    import dataclasses
+
+    from .image import nearest_size
+
+    width, height = nearest_size(*aspect, pipe.sizes, 1)
+    return dataclasses.replace(request, width=width, height=height)
+
+
+def output_paths(output: str, seeds: list[int], overwrite: bool, as_json: bool) -> dict[int, str]:
+    """Seed -> path, checked before any work is done for them."""
+    if output == "-":
+        if len(seeds) > 1 or as_json:
+            raise RequestError("-o - is one picture on stdout; give one seed and no --json")
+        if sys.stdout.isatty():
+            raise RequestError("-o - writes a PNG to stdout and this is a terminal; redirect it, or name a file")
+        return {seeds[0]: "-"}
+    if len(seeds) > 1 and "{seed}" not in output:
+        raise RequestError(f"{len(seeds)} seeds need {{seed}} in the name, for example -o out-{{seed}}.png")
+    paths = {seed: output.replace("{seed}", str(seed)) for seed in seeds}
+    from .provenance import check_path
+
+    for path in paths.values():
+        check_path(Path(path), overwrite=overwrite)
+    return paths
+
+
+def write(result: EditResult, path: str, overwrite: bool) -> str:
+    if path != "-":
+        return os.fspath(result.save(path, overwrite=overwrite))
+    from .provenance import encode_image
+
+    sys.stdout.buffer.write(encode_image(result.image, "PNG", result.to_json()))
+    sys.stdout.buffer.flush()
+    return path
+
+
+@cli.command()
+@click.argument("image")
+@click.option("--json", "as_json", is_flag=True, help="The record as it is stored.")
+def show(image: str, as_json: bool) -> None:
+    """Print what made IMAGE: prompt, seed, parameters, model."""
+    from .provenance import read_record
+
+    record = read_record(Path(image))
+    if as_json:
+        click.echo(json.dumps(record))
+        return
+    model = record.get("model") or {}
+    rows = dict(record["request"])
+    rows |= {"size": f"{record.get('width')}x{record.get('height')}", "model": " ".join(str(v) for v in model.values())}
+    for name, value in rows.items():
+        click.echo(f"{name:20} {safe_text(str(value))}")
+
+
+@cli.command()
+@click.argument("path", metavar="MODEL")
+@click.option("--dtype", metavar="D", help="Count memory for this dtype. Default: what suits this machine.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def inspect(path: str, dtype: str | None, as_json: bool) -> None:
+    """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here."""
+    from .inspection import inspect_model
+
+    report = inspect_model(path, dtype)
+    click.echo(json.dumps(report.to_json()) if as_json else safe_text(report.page()))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def config(as_json: bool) -> None:
+    """Print every setting, its value and where it comes from."""
+    from .config import ABOUT, settings, user_file
+
+    found = settings()
+    if as_json:
+        click.echo(json.dumps({name: vars(setting) for name, setting in found.items()}))
+        return
+    for name, setting in found.items():
+        click.echo(safe_text(f"{name:8} {setting.value or '(automatic)'}    from {setting.origin}"))
+        click.echo(f"{'':8} {ABOUT[name]}")
+    click.echo(f"\nfiles: {user_file()}, mlx-kontext.toml in the working folder; variables: MLX_KONTEXT_MODEL, ...")
+
+
+@cli.command()
+@click.option(
+    "--selftest", is_flag=True, help="Run the demo model, every dtype and every kernel on each device there is."
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def doctor(selftest: bool, as_json: bool) -> None:
+    """Describe this machine and check the installation, on one page to paste into a report."""
+    from .doctor import diagnose
+
+    report = diagnose(selftest)
+    click.echo(json.dumps(report.to_json()) if as_json else report.page())
+    if not report.ok:
+        raise click.exceptions.Exit(1)
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr."""
+    click.echo(safe_text(text), err=True)
+
+
+def safe_text(text: str) -> str:
+    """Text that cannot steer the terminal: control, bidirectional and invisible characters become dots, newlines stay."""
+    return "".join(
+        c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else "·" for c in text
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `mlx-kontext`: run a command and turn deliberate errors into one line and an exit code."""
+    try:
+        code = cli.main(arguments, prog_name="mlx-kontext", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except KontextError as error:
+        say("error: " + " ".join(str(error).split()))
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        say("interrupted; nothing was written for the step under way")
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader of our stdout left, which is its right
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()
