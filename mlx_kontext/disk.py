@@ -25,10 +25,7 @@ def write_atomic(path: Path, data: bytes, *, overwrite: bool) -> None:
 
 def replace_atomic(path: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
     """As `write_atomic`, for writers that want a path: `write(temporary)` fills it, the rename makes it `path`."""
-    if os.path.exists(path) and not overwrite:  # Path.exists raises for a name that is too long
-        raise RequestError(f"{path} exists; choose another name or pass --overwrite (overwrite=True)")
-    if not os.path.isdir(path.parent):
-        raise RequestError(f"{path.parent} is not a folder; create it first")
+    check_free(path, overwrite=overwrite)
     temporary: Path | None = None
     try:
         name = path.parent / f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}"
@@ -48,6 +45,16 @@ def replace_atomic(path: Path, write: Callable[[Path], None], *, overwrite: bool
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raises RequestError if `path` is taken (unless `overwrite`) or its folder does not exist."""
+    if os.path.isdir(path):
+        raise RequestError(f"{path} is a folder; name a file")
+    if os.path.exists(path) and not overwrite:  # Path.exists raises for a name that is too long
+        raise RequestError(f"{path} exists; choose another name or pass --overwrite (overwrite=True)")
+    if not os.path.isdir(path.parent):
+        raise RequestError(f"{path.parent} is not a folder; create it first")
 
 
 def _rename_exclusive(temporary: Path, path: Path) -> None:

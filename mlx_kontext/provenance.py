@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from .disk import write_atomic
+from .disk import check_free, write_atomic
 from .errors import ImageError, RequestError
 from .photo import open_picture, printable
 
@@ -36,10 +36,16 @@ def save_image(image: Image.Image, path: Path, record: dict[str, Any], *, overwr
     Raises RequestError for another suffix, a name that is taken (unless `overwrite`), an unwritable place or a
     picture or record too large for the format; ResourceError on a full disk.
     """
-    if path.suffix.lower() not in _FORMATS:
-        raise RequestError(f"{printable(str(path))} ends in none of .png, .jpg (.jpeg) and .webp; choose one of these")
+    check_path(path, overwrite=overwrite)
     write_atomic(path, encode_image(image, _FORMATS[path.suffix.lower()], record), overwrite=overwrite)
     return path
+
+
+def check_path(path: Path, *, overwrite: bool) -> None:
+    """Raises RequestError now for what `save_image` would refuse after the work is done: suffix, folder, a taken name."""
+    if path.suffix.lower() not in _FORMATS:
+        raise RequestError(f"{printable(str(path))} ends in none of .png, .jpg (.jpeg) and .webp; choose one of these")
+    check_free(path, overwrite=overwrite)
 
 
 def encode_image(image: Image.Image, format: str, record: dict[str, Any]) -> bytes:

@@ -63,35 +63,35 @@ class Shape:
 # one; T5's attention is never as wide as its states; MLPs of T5 and CLIP have odd ratios.
 SHAPES = {
     "spec": Shape(
-        transformer=dict(num_attention_heads=4, attention_head_dim=32, axes_dims_rope=(8, 12, 12))
-        | dict(num_layers=2, num_single_layers=3, joint_attention_dim=64, pooled_projection_dim=64),
-        vae=dict(block_out_channels=(32, 64, 64, 96), layers_per_block=2, norm_num_groups=32),
-        t5=dict(d_model=64, d_kv=32, num_heads=4, d_ff=192, num_layers=3),
-        clip=dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=3, intermediate_size=192),
+        transformer={"num_attention_heads": 4, "attention_head_dim": 32, "axes_dims_rope": (8, 12, 12)}
+        | {"num_layers": 2, "num_single_layers": 3, "joint_attention_dim": 64, "pooled_projection_dim": 64},
+        vae={"block_out_channels": (32, 64, 64, 96), "layers_per_block": 2, "norm_num_groups": 32},
+        t5={"d_model": 64, "d_kv": 32, "num_heads": 4, "d_ff": 192, "num_layers": 3},
+        clip={"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 192},
         sizes=((64, 112), (80, 80), (112, 64), (96, 80)),
         legacy_end=True,
         shard="500KB",
     ),
     "narrow": Shape(
-        transformer=dict(num_attention_heads=2, attention_head_dim=24, axes_dims_rope=(4, 8, 12))
-        | dict(num_layers=1, num_single_layers=1, joint_attention_dim=40, pooled_projection_dim=32),
-        vae=dict(block_out_channels=(8, 16, 24, 32), layers_per_block=1, norm_num_groups=4),
-        t5=dict(d_model=40, d_kv=16, num_heads=3, d_ff=104, num_layers=2),
-        clip=dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=128),
+        transformer={"num_attention_heads": 2, "attention_head_dim": 24, "axes_dims_rope": (4, 8, 12)}
+        | {"num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 40, "pooled_projection_dim": 32},
+        vae={"block_out_channels": (8, 16, 24, 32), "layers_per_block": 1, "norm_num_groups": 4},
+        t5={"d_model": 40, "d_kv": 16, "num_heads": 3, "d_ff": 104, "num_layers": 2},
+        clip={"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 128},
         sizes=((64, 96), (80, 80), (96, 64)),
         legacy_end=False,
         tokenizer_json=False,
     ),
     "deep": Shape(
-        transformer=dict(num_attention_heads=3, attention_head_dim=16, axes_dims_rope=(2, 6, 8))
-        | dict(num_layers=4, num_single_layers=2, joint_attention_dim=48, pooled_projection_dim=48),
-        vae=dict(block_out_channels=(16, 16, 48, 32), layers_per_block=3, norm_num_groups=8)
-        | dict(scaling_factor=0.5, shift_factor=-0.07),
-        t5=dict(d_model=48, d_kv=8, num_heads=8, d_ff=80, num_layers=5),
-        clip=dict(hidden_size=48, num_attention_heads=3, num_hidden_layers=2, intermediate_size=112),
+        transformer={"num_attention_heads": 3, "attention_head_dim": 16, "axes_dims_rope": (2, 6, 8)}
+        | {"num_layers": 4, "num_single_layers": 2, "joint_attention_dim": 48, "pooled_projection_dim": 48},
+        vae={"block_out_channels": (16, 16, 48, 32), "layers_per_block": 3, "norm_num_groups": 8}
+        | {"scaling_factor": 0.5, "shift_factor": -0.07},
+        t5={"d_model": 48, "d_kv": 8, "num_heads": 8, "d_ff": 80, "num_layers": 5},
+        clip={"hidden_size": 48, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 112},
         sizes=((48, 112), (64, 64), (112, 48)),
         legacy_end=False,
-        scheduler=dict(base_shift=0.4, max_shift=1.3, base_image_seq_len=128, max_image_seq_len=2048),
+        scheduler={"base_shift": 0.4, "max_shift": 1.3, "base_image_seq_len": 128, "max_image_seq_len": 2048},
     ),
 }
 
@@ -114,7 +114,7 @@ def build(folder: Path, shape: Shape, seed: int) -> None:
     pipe = FluxKontextPipeline(
         transformer=FluxTransformer2DModel(in_channels=64, guidance_embeds=True, **shape.transformer),
         vae=AutoencoderKL(
-            **dict(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159) | shape.vae,
+            **{"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159} | shape.vae,
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             use_quant_conv=False,
@@ -187,7 +187,7 @@ def clip_tokenizer_files(folder: Path) -> Path:
     (folder / "merges.txt").write_text(
         "\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n", "utf-8"
     )
-    special = dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     special["unk_token"] = "<|endoftext|>"
     (folder / "special_tokens_map.json").write_text(json.dumps(special))
     config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}
@@ -209,11 +209,17 @@ def t5_tokenizer_files(folder: Path) -> Path:
         normalization_rule_name="nmt_nfkc",
         num_threads=1,
         minloglevel=2,
-        **dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1),
+        **{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1},
     )
     folder.mkdir()
     (folder / "spiece.model").write_bytes(model.getvalue())
-    config = dict(tokenizer_class="T5Tokenizer", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=100)
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "extra_ids": 100,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 512}))
     return folder
 
@@ -223,7 +229,7 @@ def t5_tokenizer_files(folder: Path) -> Path:
 
 def load(folder: Path) -> FluxKontextPipeline:
     """The pipeline that `build` wrote, read from its files."""
-    pipe = FluxKontextPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe = FluxKontextPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -9,7 +9,7 @@ from typing import Any
 from .. import __version__
 from ..backend import mx
 from ..disk import replace_atomic, write_atomic
-from ..errors import RequestError
+from ..errors import RequestError, ResourceError
 from .formats import PARTS, Tensors
 from .load import Checkpoint
 
@@ -67,7 +67,10 @@ def save_tensors(tensors: Tensors, folder: Path) -> None:
         shard = {name: tensors.pop(name) for name in names}
 
         def write(temporary: Path, shard: Tensors = shard) -> None:
-            mx.save_safetensors(str(temporary), shard, {"format": "mlx"})
+            try:
+                mx.save_safetensors(str(temporary), shard, {"format": "mlx"})
+            except RuntimeError as error:  # MLX's word for an OSError
+                raise ResourceError(f"{folder}: a shard could not be written ({error}); is the disk full?") from None
 
         replace_atomic(folder / file, write, overwrite=False)
         where |= dict.fromkeys(names, file)
