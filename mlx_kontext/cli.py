@@ -12,6 +12,7 @@ import re
 import secrets
 import signal
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,21 +205,34 @@ def results(pipe: KontextPipeline, request: EditRequest) -> Iterator[EditResult]
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """MLX hears Ctrl-C only between steps; say so at the first, leave at once at the second."""
-    pressed = False
+    """Say at the first Ctrl-C that the present step will be the last; leave at once at the second.
 
-    def on_interrupt(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            os._exit(INTERRUPTED)
-        pressed = True
-        say("\nstopping after this step; Ctrl-C again stops at once")
+    Python's own handler would not run before MLX comes back from a step, which may take a minute. So the bytes that a
+    signal writes to a pipe are read by a thread, which MLX lets run while it computes.
+    """
+    pressed = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    def listen() -> None:
+        while os.read(reader, 1):
+            if pressed.is_set():
+                os._exit(INTERRUPTED)
+            pressed.set()
+            say("\nstopping after this step; Ctrl-C again stops at once")
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        yield lambda: pressed
+        yield pressed.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGINT, handler)
+        os.close(writer)  # ends the thread's read
+        listener.join()
+        os.close(reader)
 
 
 def open_model(model: str, dtype: str | None) -> KontextPipeline:

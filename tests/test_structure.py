@@ -102,7 +102,22 @@ def test_light_modules_do_not_load_mlx(module: str) -> None:
 
 def test_public_names() -> None:
     assert sorted(mlx_kontext.__all__) == sorted(
-        ["__version__", "KontextPipeline", "EditRequest", "EditResult", "Step", "KontextError", "RequestError", "ImageError", "CheckpointError", "AdapterError", "ModelNotFound", "ResourceError", "SessionError", "SafetyRefusal"]
+        [
+            "__version__",
+            "KontextPipeline",
+            "EditRequest",
+            "EditResult",
+            "Step",
+            "KontextError",
+            "RequestError",
+            "ImageError",
+            "CheckpointError",
+            "AdapterError",
+            "ModelNotFound",
+            "ResourceError",
+            "SessionError",
+            "SafetyRefusal",
+        ]
     )
     for name in mlx_kontext.__all__:
         assert getattr(mlx_kontext, name) is not None
