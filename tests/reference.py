@@ -158,11 +158,12 @@ def build(folder: Path, shape: Shape, seed: int) -> None:
 def randomise(module: torch.nn.Module, generator: torch.Generator) -> None:
     """Normal weights of a size that keeps activations near 1. Gains vary too: ones would hide a norm that is swapped."""
     for name, parameter in module.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim > 1:
-            parameter.copy_(noise / math.sqrt(parameter[0].numel()))
+            parameter.normal_(0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
+        elif name.endswith("weight"):
+            parameter.normal_(1, 0.2, generator=generator)
         else:
-            parameter.copy_(1 + 0.2 * noise if name.endswith("weight") else 0.1 * noise)
+            parameter.normal_(0, 0.1, generator=generator)
 
 
 def clip_tokenizer_files(folder: Path) -> Path:
@@ -296,11 +297,8 @@ def run(
     finally:
         for hook in hooks:
             hook.remove()
-    record["last latents"] = record.pop("latents")  # in the order of computing: after the steps, before the decoder
-    record["decoded"] = record.pop("decoded")
-    record["sigmas"] = to_numpy(pipe.scheduler.sigmas)
-    record["image"] = np.array(image)
-    return record
+    last = {name: record.pop(name) for name in ("latents", "decoded")}
+    return {"sigmas": to_numpy(pipe.scheduler.sigmas)} | record | last | {"image": np.array(image)}
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
