@@ -44,7 +44,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
     "zeros": (bytes(5000), "never finished"),
     "one byte": (b"\1", "no safetensors file"),
-    "text": (b"oops", "is a text file"),
+    "text": (b"ab", "is a text file"),
     "longer text": ("Ein Satz über Käse.\n".encode() * 9, "is a text file"),
     "JSON": (json.dumps({"a": A}).encode(), "is a text file"),
     "HTML": (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
