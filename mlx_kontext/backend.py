@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 
 from .errors import CheckpointError, KontextError
 
@@ -48,9 +49,11 @@ __all__ = [
     "HAS_OPENBLAS",
     "accelerator",
     "compute_dtype",
+    "devices",
     "memory_budget",
     "mx",
     "nn",
+    "on_device",
     "part_dtype",
     "physical_memory",
     "tree_flatten",
@@ -73,6 +76,28 @@ def _prepare_cpu() -> None:
 
 
 _prepare_cpu()
+
+
+def devices() -> dict[str, mx.DeviceType]:
+    """Every device MLX can compute on here: "cpu", then "metal" or "cuda" where there is one."""
+    found = {"cpu": mx.DeviceType(mx.cpu)}
+    if mx.is_available(mx.gpu):
+        found["metal" if mx.metal.is_available() else "cuda"] = mx.DeviceType(mx.gpu)
+    return found
+
+
+@contextlib.contextmanager
+def on_device(device: mx.DeviceType) -> Iterator[None]:
+    """Compute on this device inside the block, without mx.compile on the CPU; afterwards all is as it was."""
+    before = mx.default_device()
+    mx.set_default_device(device)
+    _prepare_cpu()
+    try:
+        yield
+    finally:
+        mx.set_default_device(before)
+        if before != mx.cpu and "MLX_DISABLE_COMPILE" not in os.environ:  # the user's own switch stays off
+            mx.enable_compile()
 
 
 def compute_dtype(name: str | None = None) -> mx.Dtype:
