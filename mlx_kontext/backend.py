@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Iterator
 
-from .errors import CheckpointError, KontextError
+from .errors import KontextError, RequestError
 
 
 def preload_openblas() -> bool:
@@ -108,7 +108,7 @@ def compute_dtype(name: str | None = None) -> mx.Dtype:
     if name is None:
         return mx.float32 if accelerator() == "cpu" else mx.bfloat16
     if name not in DTYPES:
-        raise CheckpointError(f"dtype is {name!r}; choose one of {', '.join(DTYPES)}")
+        raise RequestError(f"dtype is {name!r}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 

@@ -6,6 +6,7 @@ is used, so that --help is instant.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,7 +15,7 @@ import signal
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +108,7 @@ def edit(image: str, prompt: str | None, source: str | None, no_auto_resize: boo
         from .provenance import read_record
 
         record = read_record(Path(source))
-        made_with = record.get("model") or {}
+        made_with = model_of(record)
         values = {k: v for k, v in record["request"].items() if k not in ("image", "image_sha256")}
     elif prompt is None:
         raise click.UsageError("Missing argument 'PROMPT'; say what to change, or repeat a picture's with --from.")
@@ -146,16 +147,12 @@ def run(
 
     names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "true_cfg": "true_cfg_scale"}
     values |= {names.get(k, k): v for k, v in typed.items() if v not in (None, ())}
-    values["seed"] = (
-        list(values.get("seed") or [secrets.randbelow(2**32)])
-        if not isinstance(values.get("seed"), int)
-        else values["seed"]
-    )
     values["prompt"] = sys.stdin.read() if prompt == "-" else prompt if prompt is not None else values.get("prompt")
-    seeds = [values["seed"]] if isinstance(values["seed"], int) else values["seed"]
     aspect = read_size(size, values)
     request = EditRequest.from_json(values, image=image)
-    paths = output_paths(output, seeds, overwrite, as_json)
+    # drawn here and not later, so that the names of the outputs are known before any work is done
+    request = dataclasses.replace(request, seed=request.seeds or (secrets.randbelow(2**32),))
+    paths = output_paths(output, request.seeds, overwrite, as_json)
     if image is not None:
         from .photo import read_photo
 
@@ -190,17 +187,15 @@ def results(pipe: KontextPipeline, request: EditRequest) -> Iterator[EditResult]
     from tqdm import tqdm
 
     with interruptible() as interrupted, tqdm(disable=not sys.stderr.isatty(), unit="step", leave=False) as bar:
-        stream = pipe.stream(request)
-        for step in stream:
+        for step in pipe.stream(request):
             bar.total = step.total * len(request.seeds)
             bar.set_postfix_str(f"seed {step.seed}", refresh=False)
             bar.update()
-            if interrupted():
-                stream.close()  # type: ignore[attr-defined]
-                raise KeyboardInterrupt
             if step.result is not None:
                 bar.clear()
                 yield step.result
+            if interrupted() and step.eta > 0:  # leaving the loop closes the stream
+                raise KeyboardInterrupt
 
 
 @contextmanager
@@ -243,6 +238,12 @@ def open_model(model: str, dtype: str | None) -> KontextPipeline:
     return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True)
 
 
+def model_of(record: dict[str, Any]) -> dict[str, str]:
+    """The record's words on its model, none if they are not what we write: the file may come from anybody."""
+    model = record.get("model")
+    return {str(k): str(v) for k, v in model.items()} if isinstance(model, dict) else {}
+
+
 def reusable_name(made_with: dict[str, str]) -> str | None:
     """The recorded model if its name means the same everywhere: the demo or a hub id, not somebody's folder."""
     name = made_with.get("name", "")
@@ -266,15 +267,13 @@ def read_size(size: str | None, values: dict[str, Any]) -> tuple[int, int] | Non
 
 
 def with_aspect(request: EditRequest, pipe: KontextPipeline, aspect: tuple[int, int]) -> EditRequest:
-    import dataclasses
-
     from .image import nearest_size
 
     width, height = nearest_size(*aspect, pipe.sizes, 1)
     return dataclasses.replace(request, width=width, height=height)
 
 
-def output_paths(output: str, seeds: list[int], overwrite: bool, as_json: bool) -> dict[int, str]:
+def output_paths(output: str, seeds: Sequence[int], overwrite: bool, as_json: bool) -> dict[int, str]:
     """Seed -> path, checked before any work is done for them."""
     if output == "-":
         if len(seeds) > 1 or as_json:
@@ -313,7 +312,7 @@ def show(image: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(record))
         return
-    model = record.get("model") or {}
+    model = model_of(record)
     rows = dict(record["request"])
     rows |= {"size": f"{record.get('width')}x{record.get('height')}", "model": " ".join(str(v) for v in model.values())}
     for name, value in rows.items():

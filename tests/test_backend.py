@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_kontext import CheckpointError, backend
+from mlx_kontext import RequestError, backend
 from mlx_kontext.backend import mx
 
 
@@ -45,7 +45,7 @@ def test_number_format_follows_the_machine(monkeypatch: pytest.MonkeyPatch, kind
     monkeypatch.setattr(backend, "accelerator", lambda: kind)
     assert backend.compute_dtype() == dtype
     assert backend.compute_dtype("float16") == mx.float16
-    with pytest.raises(CheckpointError, match="float32, float16, bfloat16"):
+    with pytest.raises(RequestError, match="float32, float16, bfloat16"):
         backend.compute_dtype("int8")
 
 

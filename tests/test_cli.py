@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from mlx_kontext import cli
 from mlx_kontext.hub import demo_folder
@@ -94,6 +95,30 @@ def test_show_and_from_repeat(run: Run) -> None:
     assert (record["prompt"], record["num_inference_steps"], record["seed"]) == ("remove the circle", 2, 7)
     Image.fromarray(pixels("out.png")).save("plain.png")
     assert run("edit", "--from", "plain.png", SAMPLE, "-o", "x.png").code == 5
+
+
+STRANGE = [
+    '"x"',
+    '{"prompt": 3}',
+    '{"prompt": "x", "seed": 1.5}',
+    '{"prompt": "x", "seed": "ab"}',
+    '{"prompt": "x", "num_inference_steps": 1e9}',
+    '{"prompt": "x", "latents": [1]}',
+    '{"prompt": "x", "zoom": 2}',
+    '{"prompt": "x", "width": true, "height": true}',
+]
+
+
+@pytest.mark.parametrize("request_", STRANGE)
+def test_records_of_strangers_are_not_trusted(run: Run, request_: str) -> None:
+    picture = PngInfo()
+    picture.add_itxt("mlx_kontext", f'{{"request": {request_}, "model": [1], "width": {{}}}}')
+    Image.new("RGB", (64, 64)).save("strange.png", pnginfo=picture)
+    assert run("show", "strange.png").code in (0, 5)
+    ran = run("edit", "--from", "strange.png", SAMPLE, "-o", "out.png", "--model", "demo")
+    assert (
+        ran.code in (2, 5) and ran.err.strip().splitlines()[-1].startswith("error: ") and not Path("out.png").exists()
+    )
 
 
 def test_json_is_one_object_a_result(run: Run) -> None:
@@ -214,7 +239,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     ),
     "seeds, one name": (["edit", SAMPLE, "x", "--seed", "1", "--seed", "2"], 2, "{seed}"),
     "long T5": (["edit", SAMPLE, "x", "--max-sequence-length", "1000"], 2, "max_sequence_length"),
-    "unknown dtype": (["edit", SAMPLE, "x", "--dtype", "int3"], 1, "float32, float16, bfloat16"),
+    "unknown dtype": (["edit", SAMPLE, "x", "--dtype", "int3"], 2, "float32, float16, bfloat16"),
     "unknown model": (["edit", SAMPLE, "x", "--model", "nosuch"], 3, "expected demo"),
     "model not here": (["edit", SAMPLE, "x", "--model", "black-forest-labs/FLUX.1-Kontext-dev"], 3, "hf download"),
     "shard missing": (["edit", SAMPLE, "x", "--model", "broken"], 1, "model-00001-of-00002"),
