@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +181,10 @@ def checks(device: str) -> Iterator[tuple[str, float | None, Callable[[], float 
     def pipe(dtype: str) -> KontextPipeline:
         return pipes.setdefault(dtype, KontextPipeline.from_pretrained("demo", dtype=dtype))
 
+    found = cache(stages)  # one edit serves five rows
     for what in ("t5", "clip", "reference", "velocity", "latents"):
         limit = 20 * fp32  # errors add up over eight steps and forty layers
-        yield f"demo {what}, float32, as stored", limit, partial(check_stored, what, pipe)
+        yield f"demo {what}, float32, as stored", limit, partial(check_stored, what, lambda: found(pipe("float32")))
     for dtype, limit in {"float32": 1e-2, "float16": 1e-2, "bfloat16": 2e-2}.items():
         yield f"demo picture, {dtype}, mean off", limit, partial(check_picture, dtype, pipe)
     for size in ((16, 16), (48, 80), (112, 64)):
@@ -249,10 +250,10 @@ def check_quantization(mode: str, bits: int, group: int) -> float:
     return max(same, _off(mx.quantized_matmul(x, *packed, **options), np.array(x, float) @ np.array(plain, float).T))
 
 
-def check_stored(what: str, pipe: Pipes) -> float:
+def check_stored(what: str, found: Callable[[], dict[str, np.ndarray]]) -> float:
     """One stage of the demo edit against the stored samples of it."""
     stored = json.loads((demo_folder() / _STORED).read_text())
-    return _off(np.array(_samples(stages(pipe("float32"))[what])), np.array(stored[what]))
+    return _off(np.array(_samples(found()[what])), np.array(stored[what]))
 
 
 def check_picture(dtype: str, pipe: Pipes) -> float:

@@ -167,6 +167,7 @@ def assert_close(found: mx.array, expected: torch.Tensor) -> None:
     assert difference <= 1e-4 * expected.abs().max().item()
 
 
+@pytest.mark.slow  # a minute each without OpenBLAS
 def test_full_width_double_block(flux: Flux, rope: tuple[tuple[torch.Tensor, torch.Tensor], mx.array]) -> None:
     theirs = random_block(FluxTransformerBlock)
     fill(flux, "double_blocks.0.", "transformer_blocks.0.", theirs)
@@ -180,6 +181,7 @@ def test_full_width_double_block(flux: Flux, rope: tuple[tuple[torch.Tensor, tor
     assert_close(found_txt, expected_txt)
 
 
+@pytest.mark.slow
 def test_full_width_single_block(flux: Flux, rope: tuple[tuple[torch.Tensor, torch.Tensor], mx.array]) -> None:
     theirs = random_block(FluxSingleTransformerBlock)
     fill(flux, "single_blocks.0.", "single_transformer_blocks.0.", theirs)
