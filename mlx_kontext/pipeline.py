@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class KontextPipeline:
         """
         request = EditRequest.of(image, prompt, **options)
         results = [step.result for step in self.stream(request) if step.result is not None]
-        return results[0] if request.seed is None or isinstance(request.seed, int) else results
+        return results if isinstance(request.seed, Sequence) else results[0]
 
     def stream(self, image: Any = None, prompt: str | None = None, **options: Any) -> Iterator[Step]:
         """The same edit as a generator of Steps, the last of each seed carrying `.result`; close it to cancel.

@@ -37,6 +37,7 @@ def test_seeds_give_results_equal_to_one_at_a_time(pipe: KontextPipeline) -> Non
     assert np.array_equal(both[1].image, pipe(image=SAMPLE, prompt=PROMPT, seed=4).image)
     assert not np.array_equal(both[0].latents, both[1].latents)
     (single,) = pipe(image=SAMPLE, prompt=PROMPT, seed=[3])
+    assert isinstance(pipe(image=SAMPLE, prompt=PROMPT, seed=np.int64(3)), EditResult)
     assert np.array_equal(single.image, both[0].image)
 
 
