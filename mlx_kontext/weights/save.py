@@ -20,7 +20,7 @@ library_name: mlx
 ---
 # {name}
 
-Weights for [mlx_kontext](https://pypi.org/project/mlx-kontext/) {version}, rewritten from a {format} without a change of
+Weights for mlx_kontext {version}, rewritten from a {format} without a change of
 precision. The weights keep the licence of the model they come from; for FLUX.1 Kontext [dev] that is the FLUX.1 [dev]
 Non-Commercial License, which asks for content filters or a manual review of what the model makes.
 """
