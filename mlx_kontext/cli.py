@@ -147,7 +147,9 @@ def run(
 
     names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "true_cfg": "true_cfg_scale"}
     values |= {names.get(k, k): v for k, v in typed.items() if v not in (None, ())}
-    values["prompt"] = sys.stdin.read() if prompt == "-" else prompt if prompt is not None else values.get("prompt")
+    if prompt is not None:
+        # bytes, so that a locale or invalid text is EditRequest's to judge and not a traceback
+        values["prompt"] = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if prompt == "-" else prompt
     aspect = read_size(size, values)
     request = EditRequest.from_json(values, image=image)
     # drawn here and not later, so that the names of the outputs are known before any work is done
@@ -161,7 +163,7 @@ def run(
     configured = settings()
     model = model or reusable_name(made_with) or configured["model"].value
     pipe = open_model(model, dtype or configured["dtype"].value or None)
-    if made_with.get("transformer") not in (None, pipe.checkpoint.identity["transformer"]):
+    if "transformer" in made_with and made_with["transformer"] != pipe.checkpoint.identity["transformer"]:
         say(f"note: the record was made with {made_with.get('name')}, this is another model")
     if aspect:
         request = with_aspect(request, pipe, aspect)

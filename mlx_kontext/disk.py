@@ -41,7 +41,7 @@ def replace_atomic(path: Path, write: Callable[[Path], None], *, overwrite: bool
             _rename_exclusive(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _explain(error, path) from error
+        raise explain(error, path) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _explain(error: OSError, path: Path) -> RequestError | ResourceError:
+def explain(error: OSError, path: Path) -> RequestError | ResourceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{path}: the disk is full; nothing was written")
     return RequestError(f"{path} cannot be written ({error.strerror}); choose another place")

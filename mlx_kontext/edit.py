@@ -67,6 +67,9 @@ class EditRequest:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise RequestError("the prompt is empty; say what to change, for example: make the car red")
+        for text in (self.prompt, self.negative_prompt or ""):
+            if isinstance(text, str) and not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise RequestError("the prompt is not valid UTF-8 text; type it again")
         for seed in self.seeds or (0,):
             if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed <= MAX_SEED:
                 raise RequestError(f"seed is {seed!r}; it must be a whole number from 0 to 2**64 - 1")
@@ -88,6 +91,8 @@ class EditRequest:
         if not isinstance(self.negative_prompt, str | None):
             raise RequestError(f"negative_prompt is {self.negative_prompt!r}; it must be text")
         _number("guidance_scale", self.guidance_scale, 0.0)
+        if self.true_cfg_scale is None:
+            raise RequestError("true_cfg_scale is None; leave it out, or give a number of at least 1")
         _number("true_cfg_scale", self.true_cfg_scale, 1.0)
         if (self.negative_prompt is None) != (self.true_cfg_scale == 1):
             raise RequestError(

@@ -31,14 +31,25 @@ def find_model(
     name = os.fspath(model)
     if name == "demo":
         return demo_folder()
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    path = local_path(name)
+    if path is not None and path.is_dir():
         return path
-    if name and path.exists():
+    if path is not None:
         raise CheckpointError(f"{name} is a file; this version reads model folders (diffusers' layout or our own)")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name, re.ASCII):
-        raise ModelNotFound(f"no model {name!r}: expected demo, a folder that exists, or a hub id such as {KONTEXT}")
+        raise ModelNotFound(
+            f"no model {name[:200]!r}: expected demo, a folder that exists, or a hub id such as {KONTEXT}"
+        )
     return _from_hub(name, local_files_only, revision, token)
+
+
+def local_path(name: str) -> Path | None:
+    """The file or folder of that name, `~` expanded; None if there is none or no such name can be."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, the home of nobody, a NUL
+        return None
 
 
 def demo_folder() -> Path:

@@ -18,7 +18,7 @@ from PIL import Image
 from .backend import compute_dtype, mx, part_dtype
 from .edit import EditRequest, EditResult, Step, pixels_sha256
 from .errors import CheckpointError, KontextError, RequestError
-from .hub import find_model
+from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
 from .models.flux import Flux, Modulation
 from .models.vae import AutoEncoder
@@ -83,7 +83,7 @@ class KontextPipeline:
         Raises ModelNotFound (missing, gated, offline) or CheckpointError (damaged, incomplete, another model).
         """
         folder = find_model(model, local_files_only=local_files_only, revision=revision, token=token)
-        is_path = Path(model).expanduser().is_dir() and os.fspath(model) != "demo"
+        is_path = os.fspath(model) != "demo" and local_path(os.fspath(model)) is not None
         return cls(Checkpoint.open(folder), dtype=dtype, name=folder.resolve().name if is_path else os.fspath(model))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -204,7 +204,12 @@ class KontextPipeline:
             request,
             seed=request.seed if request.seed is not None else secrets.randbelow(2**32),
             num_inference_steps=request.num_inference_steps or steps,
-            guidance_scale=self.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+            # plain numbers: MLX takes numpy's for arrays, and would promote or refuse them in 16 bits
+            guidance_scale=float(
+                self.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+            ),
+            true_cfg_scale=float(request.true_cfg_scale),
+            latents=_plain(request.latents),
             max_sequence_length=request.max_sequence_length or self.defaults.max_sequence_length,
         )
 
@@ -302,7 +307,7 @@ class KontextPipeline:
         channels = self._vae_config.latent_channels
         if request.latents is None:
             return mx.array(pack(noise(seed, 2 * grid[0], 2 * grid[1], channels)))
-        latents = np.array(request.latents, np.float32)
+        latents: np.ndarray = request.latents
         expected = (1, grid[0] * grid[1], 4 * channels)
         if latents.shape != expected or not np.isfinite(latents).all():
             raise RequestError(f"latents are {latents.shape}; expected finite packed noise of shape {expected}")
@@ -359,6 +364,16 @@ class KontextPipeline:
         for part in parts:
             self._parts.pop(part, None)
         mx.clear_cache()
+
+
+def _plain(latents: Any) -> np.ndarray | None:
+    """The caller's latents as fp32 numpy, from numpy or from an mx.array of any float format."""
+    if latents is None:
+        return None
+    try:
+        return np.array(latents.astype(mx.float32) if isinstance(latents, mx.array) else latents, np.float32)
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"latents are no array of numbers ({error}); expected packed noise [1, N, 64]") from None
 
 
 def _told_size(request: EditRequest, photo: Image.Image | None, width: int, height: int) -> str:

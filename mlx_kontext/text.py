@@ -14,6 +14,7 @@ from .backend import mx
 from .errors import CheckpointError
 
 _CLIP_LENGTH = 77
+_CLIP_UNMERGED = 514  # entries of vocab.json that no merge makes: bytes, bytes that end a word, start and end token
 _REMEMBERED = 32  # prompts; 4 MB each at full size in bf16
 _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -83,6 +84,8 @@ def _clip_from_merges(folder: Path) -> Tokenizer:
         lines = (folder / "merges.txt").read_text("utf-8").splitlines()
         pairs = [line.split() for line in lines if line and not line.startswith("#version")]
         merges = [(first, second) for first, second in pairs]
+        if len(merges) < len(vocab) - _CLIP_UNMERGED:  # a download that stopped would give other tokens, silently
+            raise ValueError(f"merges.txt has {len(merges)} merges, vocab.json needs {len(vocab) - _CLIP_UNMERGED}")
         bpe = models.BPE(
             vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""
         )
@@ -99,7 +102,8 @@ def _clip_from_merges(folder: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    # one that is missing would be given a new number, beyond what the model knows; _special tells instead
+    tokenizer.add_special_tokens([token for token in ("<|startoftext|>", "<|endoftext|>") if token in vocab])
     return tokenizer
 
 
@@ -111,6 +115,9 @@ def t5_tokenizer(folder: Path) -> Callable[[str, int], tuple[list[int], int]]:
     """
     if (folder / "tokenizer.json").is_file():
         tokenizer = _from_file(folder / "tokenizer.json")
+        # Some published files turn a trailing space into a token. The normaliser makes spaces of zero-width ones, so after it.
+        own = [tokenizer.normalizer] if tokenizer.normalizer else []
+        tokenizer.normalizer = normalizers.Sequence([*own, normalizers.Strip(left=False)])
         end, pad = (_special(tokenizer, token, folder) for token in ("</s>", "<pad>"))
 
         def pieces(text: str) -> list[int]:
@@ -124,7 +131,7 @@ def _fixed_length(
     pieces: Callable[[str], list[int]], end: int, pad: int
 ) -> Callable[[str, int], tuple[list[int], int]]:
     def ids(text: str, length: int) -> tuple[list[int], int]:
-        body = pieces(text.strip())  # some published tokenizer.json files turn a trailing space into a token
+        body = pieces(text)
         kept = [*body[: length - 1], end]
         return kept + [pad] * (length - len(kept)), len(body) + 1
 
@@ -135,8 +142,9 @@ def _t5_from_sentencepiece(folder: Path) -> tuple[Callable[[str], list[int]], in
     from sentencepiece import SentencePieceProcessor
 
     try:
+        processor = SentencePieceProcessor()
         # read by us: sentencepiece reports a missing file on stderr from C++
-        processor = SentencePieceProcessor(model_proto=(folder / "spiece.model").read_bytes())
+        processor.LoadFromSerializedProto((folder / "spiece.model").read_bytes())
     except Exception as error:
         raise _unusable(folder, "tokenizer.json or spiece.model", error) from None
     return processor.encode, processor.eos_id(), max(processor.pad_id(), 0)

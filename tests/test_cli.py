@@ -210,6 +210,8 @@ def bad_files(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[list[str], int, str]] = {
+    "prompt not text": (["edit", SAMPLE, "red \udcff"], 2, "not valid UTF-8"),
+    "home of nobody": (["edit", SAMPLE, "x", "--model", "~nosuch/x"], 3, "expected demo"),
     "missing file": (["edit", "nosuch.png", "x"], 5, "nosuch.png"),
     "folder as picture": (["edit", ".", "x"], 5, "folder"),
     "empty file": (["edit", "empty.png", "x"], 5, "empty"),

@@ -114,7 +114,7 @@ def test_of_names_our_word_for_a_foreign_one(name, words):
 
 def test_every_field_survives_json():
     full = EditRequest(
-        prompt='say "hi"\n🙂 \ud800',
+        prompt='say "hi"\n🙂',
         image="cat.jpg",
         seed=[1, 2**64 - 1],
         num_inference_steps=4,

@@ -21,7 +21,20 @@ def test_demo_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["", "nosuch", "./nosuch", "/no/such/folder", "a/b/c", "../x/y", "owner/na me", "owner/"]
+    "name",
+    [
+        "",
+        "nosuch",
+        "./nosuch",
+        "/no/such/folder",
+        "a/b/c",
+        "../x/y",
+        "owner/na me",
+        "owner/",
+        "~nosuch/x",
+        "x" * 5000,
+        "a\0b",
+    ],
 )
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ModelNotFound, match="expected demo, a folder that exists, or a hub id"):

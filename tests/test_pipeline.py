@@ -132,6 +132,26 @@ def test_a_long_prompt_is_cut_and_told(pipe: KontextPipeline) -> None:
     assert any("T5 tokens and the model reads 32: its end is cut off" in notice for notice in result.notices)
 
 
+@pytest.mark.parametrize("number", [np.float32, np.float64, int])
+def test_numbers_of_any_kind_do(number: type) -> None:
+    """Also in bf16, where MLX takes a numpy scalar for an array of another format."""
+    half = KontextPipeline.from_pretrained("demo", dtype="bfloat16")
+    options = {
+        "guidance_scale": number(2),
+        "true_cfg_scale": number(2),
+        "negative_prompt": "x",
+        "num_inference_steps": 1,
+    }
+    noise_bf16 = mx.random.normal((1, 16, 64)).astype(mx.bfloat16)
+    assert half(image=SAMPLE, prompt=PROMPT, latents=noise_bf16, **options).request.guidance_scale == 2.0
+
+
+def test_what_is_no_number_is_told(pipe: KontextPipeline) -> None:
+    for options in ({"latents": "abc"}, {"latents": [[1], [1, 2]]}, {"negative_prompt": "x", "true_cfg_scale": None}):
+        with pytest.raises(RequestError):
+            pipe.stream(image=SAMPLE, prompt=PROMPT, **options)  # at once, not at the first step
+
+
 def test_foreign_keywords_name_ours(pipe: KontextPipeline) -> None:
     for name, told in {
         "generator": "seed=",

@@ -100,7 +100,13 @@ class Checkpoint:
         tensors: Tensors = {}
         for path in self.files(part):
             tensors.update(mx.load(str(path)))  # type: ignore[arg-type]  # a dict, for safetensors
-        return self.format.to_canonical[part](tensors)
+        try:
+            return self.format.to_canonical[part](tensors)
+        except ValueError as error:  # MLX's word for projections whose shapes do not join
+            raise CheckpointError(
+                f"{self.folder / part}: tensors of the {PARTS[part]} do not fit together ({str(error).splitlines()[0]}); "
+                "download the model again"
+            ) from None
 
     def model(self, part: str, dtype: mx.Dtype) -> nn.Module:
         """The model of one part with its weights, lazily, in `dtype`."""
@@ -119,6 +125,8 @@ class Checkpoint:
         for part, names in ends.items():
             tensors, digest = self.tensors(part), hashlib.sha256()
             for name in names:
+                if name not in tensors:
+                    raise CheckpointError(f"{self.folder / part}: 1 missing ({name}); is this the whole, right model?")
                 value = tensors[name].astype(mx.float32)
                 mx.eval(value)
                 digest.update(np.array(value).tobytes())

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..backend import mx
-from ..disk import replace_atomic, write_atomic
+from ..disk import explain, replace_atomic, write_atomic
 from ..errors import RequestError, ResourceError
 from .formats import PARTS, Tensors
 from .load import Checkpoint
@@ -32,6 +32,13 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     `model_index.json` comes last: a folder without it is not a model, so an interrupted save is never taken for one.
     Raises RequestError if the folder exists and is not empty, ResourceError on a full disk.
     """
+    try:
+        _save_checkpoint(checkpoint, folder)
+    except OSError as error:
+        raise explain(error, folder) from None
+
+
+def _save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"{folder} exists and is not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
