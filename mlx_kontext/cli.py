@@ -170,8 +170,6 @@ def run(
 
     for result in results(pipe, request):
         path = write(result, paths[result.seed], overwrite)
-        for notice in result.notices:
-            say(f"note: {notice}")
         say(f"seed {result.seed}, {result.seconds:.1f} s")
         if as_json:
             record = result.to_json() | {
@@ -190,6 +188,10 @@ def results(pipe: KontextPipeline, request: EditRequest) -> Iterator[EditResult]
 
     with interruptible() as interrupted, tqdm(disable=not sys.stderr.isatty(), unit="step", leave=False) as bar:
         for step in pipe.stream(request):
+            if step.index == 1 and step.seed == request.seeds[0]:
+                bar.clear()
+                for notice in step.notices:  # while Ctrl-C still saves the minutes of an edit
+                    say(f"note: {notice}")
             bar.total = step.total * len(request.seeds)
             bar.set_postfix_str(f"seed {step.seed}", refresh=False)
             bar.update()
@@ -327,9 +329,10 @@ def show(image: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def inspect(path: str, dtype: str | None, as_json: bool) -> None:
     """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here."""
+    from .config import settings
     from .inspection import inspect_model
 
-    report = inspect_model(path, dtype)
+    report = inspect_model(path, dtype or settings()["dtype"].value or None)
     click.echo(json.dumps(report.to_json()) if as_json else safe_text(report.page()))
 
 

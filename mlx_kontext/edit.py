@@ -185,6 +185,8 @@ class Step:
     """Seconds until the last step of the last seed, at the present pace."""
     sigma: float
     """Noise level left after this step, 1 … 0."""
+    notices: tuple[str, ...] = ()
+    """As in EditResult, known before the first step: the size used, a prompt that was cut off, memory that is short."""
     result: EditResult | None = None
     _preview: Callable[[], Image.Image] | None = field(default=None, repr=False, compare=False)
 

@@ -23,7 +23,7 @@ from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_ar
 from .models.flux import Flux, Modulation
 from .models.vae import AutoEncoder
 from .photo import read_photo
-from .plan import Plan, plan, weight_bytes
+from .plan import Plan, gigabytes, plan, weight_bytes
 from .sampling import euler, schedule
 from .text import Conditioning, TextEncoders
 from .weights.load import Checkpoint
@@ -116,15 +116,19 @@ class KontextPipeline:
 
         The request is checked here, before the first step is asked for.
         """
+        self._check_thread()
+        return self._story(self._resolve(EditRequest.of(image, prompt, **options)))
+
+    def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise KontextError(
                 "this pipeline was made on another thread and MLX's arrays cannot change threads; "
                 "make it and call it on one thread"
             )
-        return self._story(self._resolve(EditRequest.of(image, prompt, **options)))
 
     def _story(self, request: EditRequest) -> Iterator[Step]:
         """One edit: the picture, the prompt, the schedule, the loop, the picture."""
+        self._check_thread()  # again, now that the first step is asked for
         started = time.perf_counter()
         notices: list[str] = []
         photo = self._photo(request, notices)
@@ -134,6 +138,11 @@ class KontextPipeline:
         notices.append(_told_size(request, photo, width, height))
         budget = self.plan(width, height, reference_size, request.max_sequence_length)
         budget.check()
+        if not budget.fits:
+            notices.append(
+                f"this edit needs about {gigabytes(budget.peak)} and the machine can give {gigabytes(budget.budget)}: expect "
+                "it to be slow; choose a smaller size"
+            )
 
         positive = self._read_prompt(request.prompt, request, budget, notices)
         negative = None
@@ -171,6 +180,7 @@ class KontextPipeline:
                     seconds=now - before,
                     eta=pace * left,
                     sigma=float(sigmas[i + 1]),
+                    notices=tuple(notices),
                     _preview=partial(self._preview, target, grid),
                 )
                 if i + 1 == total:

@@ -1,14 +1,18 @@
-"""The real vocabularies of CLIP-L (MIT) and T5 v1.1 (Apache-2.0), from the source package of stable-diffusion-cpp-python 0.4.7.
+"""The real vocabularies of CLIP-L (MIT, OpenAI) and T5 v1.1 (Apache-2.0, Google), read from a source package.
 
-`python tests/real_vocabulary.py PACKAGE.tar.gz` writes tests/data/vocabulary.json.gz: only what the test vectors can touch, at
-its true id, score and rank; everything else is a placeholder that matches nothing. So a clone can check the vectors offline.
+The package is stable-diffusion-cpp-python 0.4.7. `python tests/real_vocabulary.py PACKAGE.tar.gz` writes
+tests/data/vocabulary.json.gz: only what the test vectors can touch, at its true id, score and rank; everything else is a
+placeholder that matches nothing. So a clone can check the vectors offline. Nothing is written unless the whole vocabularies
+and the reduced ones give the same tokens, those of VECTORS.
 """
 
+import base64
 import gzip
 import json
 import re
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from tokenizers import Tokenizer
 
 FIXTURE = Path(__file__).parent / "data" / "vocabulary.json.gz"
 PACKAGE = "stable-diffusion-cpp-python==0.4.7"
+SECOND_PACKAGE = "open_clip_torch==3.3.0"  # CLIP's merges once more, from other hands
 
 # text -> (T5 ids, CLIP ids), as transformers gives them with the published tokenizers
 VECTORS = {
@@ -102,7 +107,44 @@ def write_folders(vocabulary: dict[str, Any], folder: Path) -> None:
     (folder / "tokenizer_2" / "tokenizer.json").write_text(json.dumps(vocabulary["t5"]), "utf-8")
 
 
+def write_spiece(t5: dict[str, Any], folder: Path) -> None:
+    """T5's pieces as spiece.model, which no package ships: the same pieces, scores and charsmap."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    for i, (piece, score) in enumerate(t5["model"]["vocab"][:32000]):  # the published file ends before the extra ids
+        kind = {0: model.SentencePiece.CONTROL, 1: model.SentencePiece.CONTROL, 2: model.SentencePiece.UNKNOWN}
+        model.pieces.add(piece=piece, score=score, type=kind.get(i, model.SentencePiece.NORMAL))
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type, trainer.vocab_size = trainer.UNIGRAM, 32000
+    trainer.pad_id, trainer.eos_id, trainer.unk_id, trainer.bos_id = 0, 1, 2, -1
+    normalizer.name = "nmt_nfkc"
+    (charsmap,) = [
+        part["precompiled_charsmap"] for part in t5["normalizer"]["normalizers"] if part["type"] == "Precompiled"
+    ]
+    normalizer.precompiled_charsmap = base64.b64decode(charsmap)
+    folder.mkdir()
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+
+
+def check_vectors(folder: Path) -> None:
+    """Both tokenizers, opened as the program opens them, give exactly the tokens of VECTORS."""
+    from mlx_kontext.text import clip_tokenizer, t5_tokenizer
+
+    clip, t5 = clip_tokenizer(folder / "tokenizer"), t5_tokenizer(folder / "tokenizer_2")
+    for text, (t5_ids, clip_ids) in VECTORS.items():
+        expected = [int(i) for i in t5_ids.split()]
+        assert t5(text, 512) == (expected + [0] * (512 - len(expected)), len(expected)), text
+        assert clip(text) == [int(i) for i in clip_ids.split()], text
+
+
 if __name__ == "__main__":
     FIXTURE.parent.mkdir(exist_ok=True)
-    text = json.dumps(trimmed(read_package(Path(sys.argv[1]))), ensure_ascii=False, separators=(",", ":"))
+    whole = read_package(Path(sys.argv[1]))
+    reduced = trimmed(whole)
+    with tempfile.TemporaryDirectory() as place:
+        for name, vocabulary in (("whole", whole), ("reduced", reduced)):
+            write_folders(vocabulary, Path(place) / name)
+            check_vectors(Path(place) / name)
+    text = json.dumps(reduced, ensure_ascii=False, separators=(",", ":"))
     FIXTURE.write_bytes(gzip.compress(text.encode(), mtime=0))

@@ -174,6 +174,17 @@ def test_inspect(run: Run) -> None:
     assert report["parts"]["vae"]["tensors"] == 180 and report["memory"]["fits"] is True
 
 
+def test_inspect_counts_for_the_dtype_of_the_settings(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_KONTEXT_DTYPE", "bfloat16")
+    assert json.loads(run("inspect", "demo", "--json").out)["edit"]["dtype"] == "bfloat16"
+    assert json.loads(run("inspect", "demo", "--dtype", "float32", "--json").out)["edit"]["dtype"] == "float32"
+
+
+def test_notices_come_once_and_before_the_result(run: Run) -> None:
+    ran = run(*EDIT[:-1], "out-{seed}.png", "--seed", "1", "--seed", "2")
+    assert ran.err.count("edited at 64x64") == 1 and ran.err.index("edited at") < ran.err.index("seed 1,")
+
+
 def test_config_names_origins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLX_KONTEXT_MODEL", "demo")
     assert re.search(r"model +demo +from MLX_KONTEXT_MODEL", run("config").out)

@@ -165,17 +165,19 @@ def test_foreign_keywords_name_ours(pipe: KontextPipeline) -> None:
 
 def test_another_thread_is_refused(pipe: KontextPipeline) -> None:
     errors = []
+    stream = pipe.stream(image=SAMPLE, prompt=PROMPT)  # made here, used there
 
     def use() -> None:
-        try:
-            pipe(image=SAMPLE, prompt=PROMPT)
-        except KontextError as error:
-            errors.append(str(error))
+        for call in (lambda: pipe(image=SAMPLE, prompt=PROMPT), lambda: next(stream)):
+            try:
+                call()
+            except KontextError as error:
+                errors.append(str(error))
 
     thread = threading.Thread(target=use)
     thread.start()
     thread.join()
-    assert len(errors) == 1 and "one thread" in errors[0]
+    assert len(errors) == 2 and all("one thread" in error for error in errors)
 
 
 def test_models_take_turns_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +192,8 @@ def test_models_take_turns_when_memory_is_short(monkeypatch: pytest.MonkeyPatch)
         assert set(tight._parts) <= {"transformer", "vae"}
         steps.append(step)
     assert np.array_equal(steps[-1].result.image, expected.image)
+    assert any("the machine can give 1.0 MB" in notice for notice in steps[0].notices)
+    assert not any("the machine can give" in notice for notice in expected.notices)
     tight(image=SAMPLE, prompt="remove the circle", seed=1)
     assert np.array_equal(tight(image=SAMPLE, prompt=PROMPT, seed=1).image, expected.image)
     monkeypatch.setattr("mlx_kontext.plan.physical_memory", lambda: 10**6)
