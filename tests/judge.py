@@ -29,12 +29,24 @@ class Verdict:
         return not self.complaints
 
 
+    @property
+    def identities(self) -> bool:
+        """Whether every shape is most like its own kind."""
+        return not any("looks like" in complaint for complaint in self.complaints)
+
+
 def judge(edit: Edit, source: Image.Image, output: Image.Image) -> Verdict:
-    """Compare pictures of equal size (RGB) with the scene the edit should have led to."""
+    """Compare pictures of equal size (RGB) with the scene the edit should have led to; `source` counts in edits only."""
     before, after = np.asarray(source, float), np.asarray(output, float)
     complaints = []
     if before.shape != after.shape:
         return Verdict((f"size is {output.size} instead of {source.size}",), 0.0)
+    if edit.operation == "generate":
+        complaints += check_background(edit.target, after)
+        for shape in edit.target.shapes:
+            complaints += check_shape(edit.target, shape, after)
+        complaints += check_identities(edit.target, after) + check_empty_cells(edit, after)
+        return Verdict(tuple(complaints), float("inf"))
     if edit.operation == "background":
         complaints += check_background(edit.target, after)
     if edit.operation == "remove":
@@ -95,13 +107,12 @@ def check_empty_cells(edit: Edit, pixels: np.ndarray) -> list[str]:
     """No ghost of a shape where none should be."""
     taken = {shape.cell for shape in (*edit.target.shapes, *edit.source.shapes)}
     complaints = []
-    for row in range(edit.target.rows):
-        for column in range(edit.target.columns):
-            if (row, column) not in taken:
-                cell = pixels[32 * row + 4 : 32 * row + 28, 32 * column + 4 : 32 * column + 28]
-                strange = (np.abs(cell - np.array(edit.target.rgb)).max(-1) > 2 * COLOUR).mean()
-                if strange > 0.05:
-                    complaints.append(f"something stands in the empty cell {row}, {column}")
+    for row, column in edit.target.cells:
+        if (row, column) not in taken:
+            cell = pixels[32 * row + 4 : 32 * row + 28, 32 * column + 4 : 32 * column + 28]
+            strange = (np.abs(cell - np.array(edit.target.rgb)).max(-1) > 2 * COLOUR).mean()
+            if strange > 0.05:
+                complaints.append(f"something stands in the empty cell {row}, {column}")
     return complaints
 
 
@@ -109,13 +120,18 @@ def untouched_pixels(edit: Edit) -> np.ndarray:
     """Where the source should still be seen: [H, W]. Edges are left out, any 8x autoencoder softens them."""
     if edit.operation == "background":
         return shrunk(covered(edit.source), 2)
+    return ~grown(touched(edit), 3)
+
+
+def touched(edit: Edit) -> np.ndarray:
+    """What an edit of a shape is about, before and after: [H, W]."""
     masks = [
         scene.cover(s) > 0
         for scene in (edit.source, edit.target)
         for s in scene.shapes
         if s.kind in (edit.kind, edit.new_kind)
     ]
-    return ~grown(np.any(masks, axis=0), 3)
+    return np.any(masks, axis=0)
 
 
 def segment(scene: Scene, shape: Shape, pixels: np.ndarray) -> np.ndarray:

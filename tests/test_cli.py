@@ -69,8 +69,8 @@ def process(*arguments: str, **options: object) -> subprocess.CompletedProcess[s
 def test_edit_writes_a_picture_and_says_where(run: Run) -> None:
     ran = run(*EDIT, "--seed", "7")
     assert (ran.code, ran.out) == (0, "out.png\n")
-    assert "seed 7" in ran.err and "edited at 64x64" in ran.err
-    assert pixels("out.png").shape == (64, 64, 3)
+    assert "seed 7" in ran.err and "edited at 96x96" in ran.err
+    assert pixels("out.png").shape == (96, 96, 3)
 
 
 def test_show_and_from_repeat(run: Run) -> None:
@@ -125,19 +125,19 @@ def test_json_is_one_object_a_result(run: Run) -> None:
     ran = run(*EDIT[:-1], "out-{seed}.png", "--seed", "1", "--seed", "2", "--json")
     rows = [json.loads(line) for line in ran.out.splitlines()]
     assert [(row["path"], row["request"]["seed"]) for row in rows] == [("out-1.png", 1), ("out-2.png", 2)]
-    assert all(row["width"] == 64 and row["seconds"] > 0 and row["notices"] for row in rows)
+    assert all(row["width"] == 96 and row["seconds"] > 0 and row["notices"] for row in rows)
     assert Path("out-1.png").exists() and Path("out-2.png").exists()
 
 
 def test_generate_and_sizes(run: Run) -> None:
     assert run("generate", "a red circle", "--model", "demo", "-o", "a.webp", "--steps", "1").code == 0
-    assert pixels("a.webp").shape == (64, 64, 3)
+    assert pixels("a.webp").shape == (96, 96, 3)
     assert (
         run("generate", "a red circle", "--model", "demo", "-o", "b.jpg", "--steps", "1", "--size", "96x32").code == 0
     )
     assert pixels("b.jpg").shape == (32, 96, 3)
     assert run("generate", "a red circle", "--model", "demo", "-o", "c.png", "--steps", "1", "--size", "16:9").code == 0
-    assert pixels("c.png").shape == (64, 64, 3)  # the only size this model knows
+    assert pixels("c.png").shape == (64, 96, 3)  # the widest this model knows
     assert run("generate", "a red circle", "--model", "demo", "-o", "d.png", "--size", "match").code == 2
 
 
@@ -182,7 +182,7 @@ def test_inspect_counts_for_the_dtype_of_the_settings(run: Run, monkeypatch: pyt
 
 def test_notices_come_once_and_before_the_result(run: Run) -> None:
     ran = run(*EDIT[:-1], "out-{seed}.png", "--seed", "1", "--seed", "2")
-    assert ran.err.count("edited at 64x64") == 1 and ran.err.index("edited at") < ran.err.index("seed 1,")
+    assert ran.err.count("edited at 96x96") == 1 and ran.err.index("edited at") < ran.err.index("seed 1,")
 
 
 def test_config_names_origins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +294,7 @@ def test_a_very_long_prompt_is_cut_and_told(run: Run) -> None:
 def test_existing_files_are_replaced_only_on_request(run: Run) -> None:
     Path("out.png").write_bytes(b"precious")
     assert run(*EDIT).code == 2 and Path("out.png").read_bytes() == b"precious"
-    assert run(*EDIT, "--overwrite").code == 0 and pixels("out.png").shape == (64, 64, 3)
+    assert run(*EDIT, "--overwrite").code == 0 and pixels("out.png").shape == (96, 96, 3)
 
 
 def test_hostile_words_do_not_reach_the_terminal(run: Run) -> None:

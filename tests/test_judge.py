@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
 from judge import judge
 from PIL import Image, ImageFilter
-from scenes import KINDS, PALETTE, PHRASES, Edit, Scene, Shape, edits
+from scenes import GRIDS, KINDS, OPERATIONS, PALETTE, Edit, Scene, Shape, edits, random_generation, spoken
 
 RED_CIRCLE = Shape("circle", "red", (225, 30, 45), (0, 0), 16.5, 15.0, 9.5)
 BLUE_SQUARE = Shape("square", "blue", (30, 85, 220), (1, 1), 47.0, 48.5, 10)
@@ -108,6 +109,35 @@ WRONG: dict[str, tuple[str, Callable[[Scene], Scene], str]] = {
 }
 
 
+def test_generated_pictures() -> None:
+    """Without a source every shape counts: place, colour, kind, and nothing else."""
+    for number in range(20):
+        edit = random_generation(Random(number), GRIDS[number % 4])
+        picture = edit.target.render()
+        assert judge(edit, picture, softened(picture)).right, edit.prompt
+        first, *others = edit.target.shapes
+        other = next(kind for kind in KINDS if kind not in {s.kind for s in edit.target.shapes})
+        wrong = {
+            "overlaps": edit.target.becomes(*others, replace(first, x=first.x + 6)),
+            "looks like": edit.target.becomes(*others, replace(first, kind=other)),
+            "the background is": replace(edit.target, rgb=(128, 128, 128)),
+            "empty cell": edit.target.becomes(*edit.target.shapes, Shape.added(other, "red", edit.target.free[-1])),
+        }
+        for told, scene in wrong.items():
+            verdict = judge(edit, picture, scene.render())
+            if told == "empty cell" and edit.target.colour == "red":
+                continue
+            assert any(told in complaint for complaint in verdict.complaints), (told, edit.prompt, verdict)
+
+
+def test_instructions_as_people_write_them() -> None:
+    """Other words and manners name the same things."""
+    said = {spoken(Random(i), "make the circle purple", "recolor") for i in range(300)}
+    assert {"make the circle purple", "make the disc purple", "make the circle violet", "make the circle purple."} <= said
+    assert any(text.startswith("please ") for text in said) and any("everything else" in text for text in said)
+    assert all("circle" in text or "disc" in text for text in said)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_pictures_are_caught(name: str) -> None:
     operation, spoil, told = WRONG[name]
@@ -129,6 +159,8 @@ def test_drawings_are_what_they_say() -> None:
         cover = SCENE.cover(Shape(kind, "red", PALETTE["red"], (0, 0), 16, 16, 10))
         assert cover.sum() / 100 == pytest.approx(area, rel=0.03)
     drawn = list(edits(200, seed=1))
-    assert {edit.operation for edit in drawn} == set(PHRASES)
+    assert {edit.operation for edit in drawn} == set(OPERATIONS)
+    assert {(edit.target.rows, edit.target.columns) for edit in drawn} == set(GRIDS)
+    assert {(edit.operation, edit.colour) for edit in drawn} == {(o, c) for o in OPERATIONS for c in PALETTE}
     assert {shape.kind for edit in drawn for shape in edit.target.shapes} == set(KINDS)
     assert [e.prompt for e in drawn] == [e.prompt for e in edits(200, seed=1)]

@@ -99,11 +99,11 @@ def test_an_edit_continues_from_latents_while_they_are_the_picture(
 
 def test_sizes(pipe: KontextPipeline) -> None:
     wide = Image.new("RGB", (150, 101), "white")
-    assert pipe(image=wide, prompt=PROMPT, num_inference_steps=1).image.size == (64, 64)  # the demo model's one bucket
+    assert pipe(image=wide, prompt=PROMPT, num_inference_steps=1).image.size == (96, 64)  # the nearest of its three
     assert pipe(image=wide, prompt=PROMPT, num_inference_steps=1, auto_resize=False).image.size == (144, 96)
     exact = pipe(image=wide, prompt=PROMPT, num_inference_steps=1, width=96, height=32)
     assert exact.image.size == (96, 32) and "edited at 96x32 (the input is 150x101)" in exact.notices
-    assert pipe(prompt=PROMPT, num_inference_steps=1).image.size == (64, 64)
+    assert pipe(prompt=PROMPT, num_inference_steps=1).image.size == (96, 96)
     with pytest.raises(RequestError, match=r"multiples of 16, for example 96x64"):
         pipe(image=wide, prompt=PROMPT, width=100, height=64)
 
@@ -114,7 +114,7 @@ def test_draft_is_a_quarter_of_the_pixels(monkeypatch: pytest.MonkeyPatch) -> No
     result = pipe(image=SAMPLE, prompt=PROMPT, width=128, height=96, draft=True, seed=5)
     assert result.image.size == (64, 48) and result.request.num_inference_steps == 4
     assert result.to_json()["draft"] is True and result.notices[-1].startswith("draft, a preview at 64x48")
-    assert pipe(image=SAMPLE, prompt=PROMPT, draft=True).image.size == (32, 32)
+    assert pipe(image=SAMPLE, prompt=PROMPT, draft=True).image.size == (48, 48)
     assert pipe(image=SAMPLE, prompt=PROMPT, draft=True, num_inference_steps=2).request.num_inference_steps == 2
 
 

@@ -1,0 +1,239 @@
+"""Stages 2 and 3: edits as latents, and the transformer and its text encoders learning to carry them out."""
+
+import argparse
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from flux import Flux
+from optimizer import Optimizer
+from scenes import GRIDS, Edit, Scene, describe, random_edit, random_generation
+from torch import Tensor, nn
+from vae import Run, decode, encode, fast, to_tensor, training_scene
+from vocabulary import clip_tokenizer, t5_tokenizer
+
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 3,
+    "num_single_layers": 6,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "pooled_projection_dim": 64,
+    "guidance_embeds": True,
+    "axes_dims_rope": [4, 14, 14],
+}
+T5 = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "dropout_rate": 0.0,
+    "tie_word_embeddings": True,
+}
+CLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 64,
+    "eos_token_id": 2,  # as FLUX's own file has it: the pooled vector is read at the highest id
+}
+SHARES = {"recolor": 0.32, "remove": 0.15, "background": 0.11, "swap": 0.22, "add": 0.2}
+EDITS_A_SCENE = 4
+SMALL_STEPS = 3850  # of training, on the three smaller grids alone: they cost half as much and teach the same
+SHARE_SMALL, SHARE_ALL = (2, 1, 1, 0), (2, 2, 2, 4)  # of the steps, by grid
+LENGTHS, LONG = (12, 12, 24), (64, 128, 256, 512)
+
+
+@dataclass
+class Pool:
+    """Edits of one grid as tokens [.., N, 64], float16.
+
+    source, again: of every scene, as drawn and once more through the VAE; scene, target: of every edit, the number of its
+    source and its result; the edits from `made` on have no source.
+    """
+
+    edits: list[Edit]
+    made: int
+    scene: Tensor
+    source: Tensor
+    again: Tensor
+    target: Tensor
+
+
+class Model(nn.Module):
+    """Transformer, T5 and CLIP with their tokenizers."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+        super().__init__()
+        torch.manual_seed(1)
+        t5_words, clip_words = t5_tokenizer(), clip_tokenizer()
+        self.flux = Flux(FLUX)
+        self.t5 = T5EncoderModel(T5Config(vocab_size=t5_words.get_vocab_size(), **T5))
+        self.clip = CLIPTextModel(CLIPTextConfig(vocab_size=clip_words.get_vocab_size(), bos_token_id=0, pad_token_id=1, **CLIP))
+        self.words = lru_cache(100_000)(lambda text: (t5_words.encode(text).ids, clip_words.encode(text).ids))
+        self.end = clip_words.token_to_id("<|endoftext|>")
+        self.piece = t5_words.token_to_id
+
+    def read(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """T5 states [B, length, 64] and pooled CLIP vectors [B, 64]."""
+        both = [self.words(prompt) for prompt in prompts]
+        longest = max(len(clip) for _, clip in both)
+        t5 = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in both])
+        clip = torch.tensor([ids + [self.end] * (longest - len(ids)) for _, ids in both])
+        return self.t5(t5).last_hidden_state, self.clip(clip).pooler_output
+
+    def forward(self, x: Tensor, reference: Tensor | None, text: tuple[Tensor, Tensor], t: Tensor, grid: tuple) -> Tensor:
+        """Velocity of the noisy tokens x: [B, N, 64] at times t: [B]."""
+        txt, vec = text
+        tokens = x if reference is None else torch.cat([x, reference], dim=1)
+        ids = token_ids(txt.shape[1], grid, reference is not None)
+        return self.flux(tokens, txt, vec, t, 1 + 4 * torch.rand_like(t), ids)[:, : x.shape[1]]
+
+
+@lru_cache
+def token_ids(text: int, grid: tuple[int, int], reference: bool) -> Tensor:
+    """[L, 3]: zeros for text; plane (0 target, 1 reference), row, column for tokens of 16 pixels."""
+    rows, columns = torch.meshgrid(torch.arange(2 * grid[0]), torch.arange(2 * grid[1]), indexing="ij")
+    place = torch.stack([rows, columns], dim=-1).flatten(0, 1)
+    planes = [torch.cat([torch.full_like(place[:, :1], plane), place], dim=1) for plane in range(1 + reference)]
+    return torch.cat([torch.zeros(text, 3, dtype=torch.long), *planes]).float()
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, 16, h, w] -> tokens [B, h / 2 * w / 2, 64]."""
+    return latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    return tokens.unflatten(1, (2 * grid[0], 2 * grid[1])).unflatten(3, (16, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(
+        len(tokens), 16, 4 * grid[0], 4 * grid[1]
+    )
+
+
+def drawn_edit(draw: random.Random, scene: Scene) -> Edit:
+    while True:
+        operation = draw.choices(list(SHARES), list(SHARES.values()))[0]
+        if edit := random_edit(draw, operation, scene):
+            return edit
+
+
+@torch.no_grad()
+def make_pool(vae: nn.Module, grid: tuple[int, int], scenes: int, seed: str) -> Pool:
+    """Stage 2: `scenes` scenes, four edits of each, and a quarter as many pictures from nothing."""
+    draw = random.Random(seed)
+    torch.manual_seed(draw.randrange(2**31))
+    drawn = [training_scene(draw, grid) for _ in range(scenes)]
+    edits = [drawn_edit(draw, scene) for scene in drawn for _ in range(EDITS_A_SCENE)]
+    made = len(edits)
+    edits += [random_generation(draw, grid) for _ in range(scenes // 4)]
+    source, again = [], []
+    for batch in batches(drawn):
+        z = encoded(vae, batch)
+        with fast():
+            pixels = decode(vae, z + 0.04 * torch.randn_like(z)).float().clamp(-1, 1)
+            source.append(pack(z).half())
+            again.append(pack(encode(vae, (pixels * 127.5).round() / 127.5)).half())
+    target = [pack(encoded(vae, batch)).half() for batch in batches([edit.target for edit in edits])]
+    return Pool(edits, made, torch.arange(made) // EDITS_A_SCENE, torch.cat(source), torch.cat(again), torch.cat(target))
+
+
+def encoded(vae: nn.Module, scenes: list[Scene]) -> Tensor:
+    with fast():
+        return encode(vae, to_tensor(scenes)).float()
+
+
+def batches(items: list, size: int = 64) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def train_flow(run: Run, args: argparse.Namespace, pools: list[Pool], model: Model) -> None:
+    """Stage 3: flow matching. Tokens that the edit changes count three times."""
+    if args.compile:
+        for block in (*model.flux.double_blocks, *model.flux.single_blocks):
+            block.compile(dynamic=True)  # one program for all sizes and lengths
+    opt = Optimizer([model], is_matrix, rate=1e-3, muon_rate=2e-3)
+
+    def loss(step: int, draw: random.Random) -> tuple[Tensor, dict[str, float]]:
+        shared = random.Random(f"shape {step}")  # so that all ranks take equally long
+        (number,) = shared.choices(range(len(GRIDS)), SHARE_SMALL if step < SMALL_STEPS else SHARE_ALL)
+        pool, grid = pools[number], GRIDS[number]
+        generate, count = shared.random() < 0.07, args.batch
+        length = 24 if generate else shared.choice(LENGTHS)
+        if shared.random() < 0.03:
+            length = shared.choice(LONG)
+            count = max(2, args.batch * 40 // (length + 32))
+        chosen, prompts = draw_prompts(draw, model, pool, generate, count, length)
+        target = pool.target[chosen].float()
+        reference, weight = None, torch.ones(())
+        if not generate:
+            source, again = pool.source[pool.scene[chosen]].float(), pool.again[pool.scene[chosen]].float()
+            weight = 1 + 2 * ((target - source).abs().mean(dim=-1, keepdim=True) > 0.1).float()
+            reference = torch.where(torch.rand(count, 1, 1) < 0.6, again, source)
+            reference = reference + torch.randn_like(source) * 0.06 * torch.rand(count, 1, 1)
+        noise = torch.randn_like(target)
+        t = torch.where(torch.rand(count) < 0.15, torch.rand(count), torch.sigmoid(torch.randn(count) + 0.4))
+        x = target + t[:, None, None] * (noise - target)
+        velocity = model(x, reference, model.read(prompts, length), t, grid)
+        error = (velocity - (noise - target)).square()
+        told = {"generated" if generate else "all": error.mean().item()}
+        if not generate:
+            told["changed"] = error[(weight > 1).squeeze(-1)].mean().item()
+        return (error * weight).mean(), told
+
+    run("flow", opt, args.flow_steps, loss)
+    opt.use_average()
+
+
+def draw_prompts(
+    draw: random.Random, model: Model, pool: Pool, generate: bool, count: int, length: int
+) -> tuple[Tensor, list[str]]:
+    """Numbers of `count` edits of the pool and prompts for them of at most `length` T5 tokens."""
+    chosen: list[int] = []
+    prompts: list[str] = []
+    while len(chosen) < count:
+        i = draw.randrange(pool.made, len(pool.edits)) if generate else draw.randrange(pool.made)
+        prompt = describe(draw, pool.edits[i], plain=draw.random() < 0.5)
+        if len(model.words(prompt)[0]) <= length:
+            chosen.append(i)
+            prompts.append(prompt)
+    return torch.tensor(chosen), prompts
+
+
+def is_matrix(name: str, p: Tensor) -> bool:
+    """Muon's: matrices inside blocks. Embeddings, modulation and what reads or writes latents are AdamW's."""
+    inside = "_blocks." in name or ".block." in name or ".layers." in name
+    return p.ndim == 2 and inside and "mod" not in name.removeprefix("text_model") and "relative" not in name
+
+
+@torch.no_grad()
+def make_results(model: Model, pools: list[Pool], count: int, seed: str, steps: int = 8) -> list[tuple[Tensor, list[Edit]]]:
+    """What the transformer makes of edits from the pools: latents [B, 16, h, w] and the edits, in batches of 64."""
+    draw = random.Random(seed)
+    torch.manual_seed(draw.randrange(2**31))
+    results = []
+    for _ in range(count // 64):
+        (number,) = draw.choices(range(len(GRIDS)), SHARE_ALL)
+        pool, grid = pools[number], GRIDS[number]
+        chosen, prompts = draw_prompts(draw, model, pool, False, 64, 24)
+        text = model.read(prompts, 24)
+        reference = pool.again[pool.scene[chosen]].float()
+        x = torch.randn_like(reference)
+        sigma = torch.linspace(1, 1 / steps, steps)
+        mu = 0.5 + (x.shape[1] - 256) * (1.15 - 0.5) / (4096 - 256)
+        sigma = torch.cat([math.e**mu / (math.e**mu + 1 / sigma - 1), torch.zeros(1)])
+        for now, then in itertools.pairwise(sigma):
+            x = x + (then - now) * model(x, reference, text, now.expand(64), grid)
+        results.append((unpack(x, grid), [pool.edits[i] for i in chosen.tolist()]))
+    return results
