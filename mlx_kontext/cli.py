@@ -83,6 +83,9 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--draft", is_flag=True, default=None, help="A quick preview: a quarter of the pixels, fewer steps."
         ),
+        click.option(
+            "--lora", multiple=True, metavar="FILE[:SCALE]", help="A LoRA file of FLUX.1; repeat for several. Scale: 1."
+        ),
         click.option("--dtype", metavar="D", help="float32, float16 or bfloat16. Default: what suits this machine."),
         click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object a result on stdout."),
@@ -145,7 +148,12 @@ def run(
     from .config import settings
     from .edit import EditRequest
 
-    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "true_cfg": "true_cfg_scale"}
+    names = {
+        "steps": "num_inference_steps",
+        "guidance": "guidance_scale",
+        "true_cfg": "true_cfg_scale",
+        "lora": "loras",
+    }
     values |= {names.get(k, k): v for k, v in typed.items() if v not in (None, ())}
     if prompt is not None:
         # bytes, so that a locale or invalid text is EditRequest's to judge and not a traceback
@@ -324,15 +332,20 @@ def show(image: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("path", metavar="MODEL")
+@click.argument("path", metavar="MODEL|LORA")
 @click.option("--dtype", metavar="D", help="Count memory for this dtype. Default: what suits this machine.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def inspect(path: str, dtype: str | None, as_json: bool) -> None:
-    """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here."""
-    from .config import settings
-    from .inspection import inspect_model
+    """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here.
 
-    report = inspect_model(path, dtype or settings()["dtype"].value or None)
+    Of a LoRA file: its format, ranks, the layers it changes, and parts that are not applied.
+    """
+    from .config import settings
+    from .inspection import inspect_adapter, inspect_model, is_adapter
+
+    report = (
+        inspect_adapter(path) if is_adapter(path) else inspect_model(path, dtype or settings()["dtype"].value or None)
+    )
     click.echo(json.dumps(report.to_json()) if as_json else safe_text(report.page()))
 
 

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from .errors import RequestError
 ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000
+_MAX_SCALE = 100.0  # of a LoRA; sliders go to 5 or so
 
 # diffusers' words that we spell differently; naming ours saves the reader a search.
 _FOREIGN = {
@@ -30,8 +32,62 @@ _FOREIGN = {
     "steps": "it is called num_inference_steps",
     "guidance": "it is called guidance_scale",
     "prompt_2": "one prompt feeds both text encoders",
+    "joint_attention_kwargs": "pass loras=[('style.safetensors', 0.8)]",
     "output_type": "result.image is a PIL image, result.latents are the packed latents",
 }
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file of this machine and how strongly it counts; negative scales turn its change round.
+
+    sha256: of the file, filled in by the edit; where it is given the file must be that one.
+    Raises RequestError for values that cannot work.
+    """
+
+    path: str
+    scale: float = 1.0
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.path, str)
+            or not self.path
+            or any("\ud800" <= c <= "\udfff" or c == "\0" for c in self.path)
+        ):
+            raise RequestError(f"a LoRA is {self.path!r}; expected the path of a safetensors file")
+        _number(f"the scale of {self.path}", self.scale, -_MAX_SCALE, _MAX_SCALE)
+        if not self.scale:
+            raise RequestError(f"the scale of {self.path} is {self.scale!r}, which does nothing; leave the LoRA out")
+        object.__setattr__(self, "scale", float(self.scale))
+        if self.sha256 is not None and not (isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
+            raise RequestError(
+                f"the sha256 of {self.path} is {str(self.sha256)[:80]!r}; expected 64 hexadecimal digits"
+            )
+
+    @classmethod
+    def of(cls, value: Any) -> Lora:
+        """From a path, "file.safetensors:0.8", (path, scale), or what `to_json` wrote. Raises RequestError."""
+        if isinstance(value, Lora):
+            return value
+        if isinstance(value, os.PathLike):
+            return cls(os.fspath(value))
+        if isinstance(value, str):
+            path, colon, scale = value.rpartition(":")
+            try:
+                return cls(path, float(scale)) if colon and not os.path.exists(value) else cls(value)
+            except ValueError as error:  # no number behind the colon: part of the name
+                if isinstance(error, RequestError):
+                    raise
+                return cls(value)
+        if isinstance(value, dict) and set(value) <= {"path", "scale", "sha256"}:
+            return cls(**{"path": "", **value})
+        if isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], (str, os.PathLike)):
+            return cls(os.fspath(value[0]), value[1])
+        raise RequestError(f"a LoRA is {str(value)[:80]!r}; expected a path, (path, scale) or 'file.safetensors:0.8'")
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -61,6 +117,8 @@ class EditRequest:
     """False keeps the input at its own size (floored to what the model takes) instead of its size bucket."""
     draft: bool = False
     """A quick preview: a quarter of the pixels, fewer steps, the same seed."""
+    loras: Sequence[Any] = ()
+    """LoRA files for this edit, which add up: each a path, (path, scale), or "file.safetensors:0.8"; kept as Lora."""
     latents: Any = field(default=None, compare=False, repr=False)
     """Packed starting noise [1, N, 64] (numpy or mx.array) instead of the seed's."""
 
@@ -101,6 +159,11 @@ class EditRequest:
             )
         if not self.auto_resize and self.image is None:
             raise RequestError("auto_resize=False needs an input image; without one give width and height")
+        if isinstance(self.loras, (str, os.PathLike, dict)) or not isinstance(self.loras, Sequence):
+            raise RequestError(
+                f"loras is {str(self.loras)[:80]!r}; expected a list, for example ['style.safetensors:0.8']"
+            )
+        object.__setattr__(self, "loras", tuple(Lora.of(value) for value in self.loras))
         if self.latents is not None and len(self.seeds) > 1:
             raise RequestError("latents are one starting noise; give one seed with them, not several")
 
@@ -132,10 +195,12 @@ class EditRequest:
         values: dict[str, Any] = {}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name not in ("image", "latents") and value != f.default:
+            if f.name not in ("image", "latents", "loras") and value != f.default:
                 values[f.name] = [int(v) for v in value] if f.name == "seed" and isinstance(value, Sequence) else value
                 if isinstance(value, np.generic):
                     values[f.name] = value.item()  # JSON knows no numpy numbers
+        if self.loras:
+            values["loras"] = [lora.to_json() for lora in self.loras]
         if isinstance(self.image, (str, os.PathLike)):
             values["image"] = os.fspath(self.image)
         elif self.image is not None:
@@ -236,6 +301,8 @@ class EditResult:
         request = self.request.to_json()
         if "image" in request:
             request["image"] = Path(request["image"]).name  # a shared picture should not tell where its source lay
+        for lora in request.get("loras", ()):
+            lora["path"] = Path(lora["path"]).name  # likewise; its sha256 tells which file it was
         return {
             "request": request,
             "width": self.width,
@@ -268,13 +335,14 @@ def _whole(name: str, value: Any, low: int, high: int) -> None:
         raise RequestError(f"{name} is {value!r}; it must be a whole number from {low} to {high}")
 
 
-def _number(name: str, value: Any, low: float) -> None:
+def _number(name: str, value: Any, low: float, high: float = math.inf) -> None:
     if value is None:
         return
     if (
         isinstance(value, bool)
         or not isinstance(value, (int, float, np.floating))
         or not math.isfinite(value)
-        or value < low
+        or not low <= value <= high
     ):
-        raise RequestError(f"{name} is {value!r}; it must be a finite number of at least {low:g}")
+        most = f" and at most {high:g}" if high < math.inf else ""
+        raise RequestError(f"{name} is {value!r}; it must be a finite number of at least {low:g}{most}")

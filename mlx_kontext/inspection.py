@@ -1,14 +1,20 @@
-"""What a model folder holds and whether this machine can run it, from headers alone."""
+"""What a model folder or a LoRA file holds and whether this machine can run it, from headers alone."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
-from .hub import find_model
+from .errors import AdapterError
+from .hub import find_model, local_path
+from .lora import read_adapter_header
+from .models.flux import FluxConfig
 from .pipeline import KontextPipeline
 from .plan import Plan, gigabytes
 from .weights.formats import PARTS
+from .weights.lora_names import fit, looks_like_adapter, spell
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,67 @@ class Inspection:
             f"this machine can give {gigabytes(plan.budget)}: " + _verdict(plan),
         ]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class AdapterInspection:
+    """A LoRA file. targets: layers it changes, block numbers left out -> how many; text: tensors for text encoders."""
+
+    file: str
+    format: str
+    ranks: dict[int, int]
+    targets: dict[str, int]
+    text: int
+    parameters: int
+    bytes: int
+    misfit: str | None
+    """Why it does not fit FLUX.1 Kontext [dev], or None."""
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self)
+
+    def page(self) -> str:
+        """The same for people."""
+        ranks = ", ".join(str(rank) for rank in self.ranks)
+        lines = [self.file, f"format        LoRA, {self.format}", f"rank          {ranks}"]
+        lines += [f"parameters    {self.parameters:,} ({gigabytes(self.bytes)})", ""]
+        lines += [f"  {target:38} {count:4}" for target, count in self.targets.items()]
+        if self.text:
+            lines.append(f"  {self.text} tensors for the text encoders, which are not applied")
+        return "\n".join(
+            [*lines, "", f"it does not fit: {self.misfit}" if self.misfit else "it fits FLUX.1 Kontext [dev]"]
+        )
+
+
+def is_adapter(path: str) -> bool:
+    """Whether this is a file that names itself like a LoRA or its kin, rather than a model."""
+    found = local_path(path)
+    if found is None or not found.is_file() or found.suffix.lower() != ".safetensors":
+        return False
+    return looks_like_adapter(read_adapter_header(found))
+
+
+def inspect_adapter(path: str) -> AdapterInspection:
+    """Read a LoRA's names and shapes. Raises AdapterError for a kind we refuse; one that does not fit is described."""
+    file = Path(path).expanduser()
+    header = read_adapter_header(file)
+    spelling = spell(header, path)
+    downs = [header.tensors[keys["down"]].shape for keys in spelling.modules.values() if "down" in keys]
+    misfit = None
+    try:
+        fit(spelling, header, FluxConfig(), file.name)
+    except AdapterError as error:
+        misfit = str(error)
+    return AdapterInspection(
+        file=path,
+        format=spelling.format,
+        ranks=dict(Counter(shape[0] for shape in downs if shape).most_common()),
+        targets=dict(Counter(re.sub(r"(?<=[._])\d+(?=[._])", "*", module, count=1) for module in spelling.modules)),
+        text=len(spelling.text),
+        parameters=sum(prod(info.shape) for info in header.tensors.values()),
+        bytes=sum(info.nbytes for info in header.tensors.values()),
+        misfit=misfit,
+    )
 
 
 def inspect_model(model: str, dtype: str | None = None) -> Inspection:

@@ -20,6 +20,7 @@ from .edit import EditRequest, EditResult, Step, pixels_sha256
 from .errors import CheckpointError, KontextError, RequestError
 from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
+from .lora import Adapters, LoraFiles, attach
 from .models.flux import Flux, Modulation
 from .models.vae import AutoEncoder
 from .photo import read_photo
@@ -64,6 +65,8 @@ class KontextPipeline:
         self._flux_config, self._vae_config = checkpoint.config("transformer"), checkpoint.config("vae")
         self._weights = weight_bytes(checkpoint, self.dtype)  # reads every header, so damage shows before work starts
         self._parts: dict[str, Any] = {}
+        self._loras = LoraFiles(self._flux_config, self.dtype)
+        self._attached: Adapters = ()
         self.text = TextEncoders(checkpoint.folder, self._part, self.dtype)
         self._thread = threading.get_ident()
 
@@ -92,9 +95,8 @@ class KontextPipeline:
 
     @property
     def flux(self) -> Flux:
-        """The transformer, loaded when first asked for."""
-        model: Flux = self._part("transformer")
-        return model
+        """The transformer without adapters, loaded when first asked for."""
+        return self._flux_with(())
 
     @property
     def vae(self) -> AutoEncoder:
@@ -136,7 +138,12 @@ class KontextPipeline:
         reference_size = self._reference_size(request, photo) if photo else None
         grid = self._grid(width, height)
         notices.append(_told_size(request, photo, width, height))
-        budget = self.plan(width, height, reference_size, request.max_sequence_length)
+        adapters = self._loras.read(request.loras, notices)
+        used = zip(request.loras, adapters, strict=True)
+        request = dataclasses.replace(
+            request, loras=[dataclasses.replace(lora, sha256=a.sha256) for lora, (a, _) in used]
+        )
+        budget = self.plan(width, height, reference_size, request.max_sequence_length, adapters)
         budget.check()
         if not budget.fits:
             notices.append(
@@ -153,13 +160,18 @@ class KontextPipeline:
 
         reference = self._reference(request, photo, reference_size) if photo and reference_size else None
         sigmas = schedule(request.num_inference_steps or 0, grid[0] * grid[1], self._schedule)
-        passes = [self._pass(c, sigmas, request, grid, reference_size) for c in (positive, negative) if c is not None]
+        passes = [
+            self._pass(c, sigmas, request, grid, reference_size, adapters)
+            for c in (positive, negative)
+            if c is not None
+        ]
 
         def velocity(i: int, x: mx.array) -> mx.array:
             """[1, N, 64] of the target tokens; the reference only looks on."""
             tokens = (x if reference is None else mx.concatenate([x, reference], axis=1)).astype(self.dtype)
+            flux = self._flux_with(adapters)  # at each step: another edit may run between two steps of this one
             wanted, *unwanted = (
-                self.flux(tokens, text, pe, modulation.at(i))[:, : x.shape[1]] for text, pe, modulation in passes
+                flux(tokens, text, pe, modulation.at(i))[:, : x.shape[1]] for text, pe, modulation in passes
             )
             return unwanted[0] + request.true_cfg_scale * (wanted - unwanted[0]) if unwanted else wanted
 
@@ -191,13 +203,21 @@ class KontextPipeline:
                 yield step
                 before = time.perf_counter()
 
-    def plan(self, width: int, height: int, reference: tuple[int, int] | None, text_tokens: int | None) -> Plan:
+    def plan(
+        self,
+        width: int,
+        height: int,
+        reference: tuple[int, int] | None,
+        text_tokens: int | None,
+        adapters: Adapters = (),
+    ) -> Plan:
         """Memory of an edit of this size; reference: (width, height) of the input as the model sees it, if there is one."""
+        transformer = self._weights["transformer"] + sum(adapter.nbytes for adapter, _ in adapters)
         sizes = [(width, height), *([reference] if reference else [])]
         multiple = self._vae_config.downsampling * 2
         tokens = sum((w // multiple) * (h // multiple) for w, h in sizes)
         return plan(
-            self._weights,
+            self._weights | {"transformer": transformer},
             self._flux_config,
             self._vae_config,
             self.dtype,
@@ -302,13 +322,15 @@ class KontextPipeline:
         request: EditRequest,
         grid: tuple[int, int],
         reference_size: tuple[int, int] | None,
+        adapters: Adapters,
     ) -> tuple[mx.array, mx.array, Modulation]:
         """All that one prompt fixes for the whole schedule: text states, rotations, modulation tables."""
         ids = [np.zeros((conditioning.txt.shape[1], 3), np.int32), position_ids(*grid, _TARGET)]
         if reference_size:
             ids.append(position_ids(*self._grid(*reference_size), _REFERENCE))
-        pe = self.flux.rope(mx.array(np.concatenate(ids)))
-        modulation = self.flux.modulation(mx.array(sigmas[:-1]), request.guidance_scale or 0.0, conditioning.vec)
+        flux = self._flux_with(adapters)
+        pe = flux.rope(mx.array(np.concatenate(ids)))
+        modulation = flux.modulation(mx.array(sigmas[:-1]), request.guidance_scale or 0.0, conditioning.vec)
         mx.eval(pe, modulation.arrays())
         return conditioning.txt, pe, modulation
 
@@ -365,9 +387,19 @@ class KontextPipeline:
 
     # --- parts come and go ---
 
+    def _flux_with(self, adapters: Adapters) -> Flux:
+        """The transformer with exactly these adapters attached; they stay until another set, or none, is asked for."""
+        model: Flux = self._part("transformer")
+        if self._attached != adapters:
+            attach(model, adapters)
+            self._attached = adapters
+        return model
+
     def _part(self, part: str) -> Any:
         if part not in self._parts:
             self._parts[part] = self.checkpoint.model(part, part_dtype(part, self.dtype))
+            if part == "transformer":
+                self._attached = ()
         return self._parts[part]
 
     def _release(self, *parts: str) -> None:

@@ -126,6 +126,7 @@ def test_every_field_survives_json():
         max_sequence_length=77,
         auto_resize=False,
         draft=True,
+        loras=["a.safetensors:0.5", ("b.safetensors", -1)],
     )
     same_as_default = [f.name for f in dataclasses.fields(full) if getattr(full, f.name) == f.default]
     assert same_as_default == ["latents"]  # a new field must be added here

@@ -5,7 +5,7 @@ A format is a row of FORMATS: how to recognise the folder, and one function a pa
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,19 @@ def transformer_from_diffusers(tensors: Tensors) -> Tensors:
             scale, shift = mx.split(out[name], 2)
             out[name] = mx.concatenate([shift, scale])
     return out | left
+
+
+def diffusers_linears(double: int, single: int) -> Iterator[tuple[str, list[str]]]:
+    """Every linear layer of a transformer of so many blocks: its canonical name, and the names in diffusers' file whose rows
+    lie in it, top to bottom. A layer that has two spellings comes twice.
+    """
+    for i in range(double):
+        for target, sources in _DOUBLE:
+            yield f"double_blocks.{i}.{target}", [f"transformer_blocks.{i}.{source}" for source in sources]
+    for i in range(single):
+        for target, sources in _SINGLE:
+            yield f"single_blocks.{i}.{target}", [f"single_transformer_blocks.{i}.{source}" for source in sources]
+    yield from _OUTSIDE
 
 
 def vae_from_diffusers(tensors: Tensors) -> Tensors:
