@@ -14,7 +14,6 @@ import secrets
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ import click
 
 from . import __version__
 from .errors import KontextError, RequestError
+from .terminal import safe_text, say
 
 if TYPE_CHECKING:
     from .edit import EditRequest, EditResult
@@ -365,18 +365,6 @@ def doctor(selftest: bool, as_json: bool) -> None:
     click.echo(json.dumps(report.to_json()) if as_json else report.page())
     if not report.ok:
         raise click.exceptions.Exit(1)
-
-
-def say(text: str) -> None:
-    """A line for people, on stderr."""
-    click.echo(safe_text(text), err=True)
-
-
-def safe_text(text: str) -> str:
-    """Text that cannot steer the terminal: control, bidirectional and invisible characters become dots, newlines stay."""
-    return "".join(
-        c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else "·" for c in text
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

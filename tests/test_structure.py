@@ -18,9 +18,10 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 LAYERS = [
     {"cli", "__main__", "doctor", "inspection"},
     {"pipeline"},
-    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "hub", "config"},
+    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config"}
+    | {"hub"},
     {"models"},
-    {"edit", "errors", "disk", "backend", "__init__"},
+    {"edit", "errors", "disk", "terminal", "backend", "__init__"},
 ]
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
 WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli"]
