@@ -19,12 +19,12 @@ LAYERS = [
     {"cli", "__main__", "doctor", "inspection"},
     {"pipeline"},
     {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config"}
-    | {"hub"},
+    | {"hub", "hub_errors", "cached", "card"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
 ]
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
-WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli"]
+WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli", "cached", "card"]
 
 
 def modules() -> dict[str, Path]:
