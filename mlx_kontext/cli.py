@@ -1,4 +1,4 @@
-"""The command line: parse, one library call, print. The only library file that prints or exits.
+"""The command line: parse, one library call, print. With cli_models, the only library file that prints or exits.
 
 stdout carries results only; progress, notices and errors go to stderr. Whatever costs time to import is imported where it
 is used, so that --help is instant.
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .cli_models import models
 from .errors import KontextError, RequestError
 from .terminal import safe_text, say
 
@@ -48,6 +49,9 @@ def cli(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+cli.add_command(models)
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ import mlx_kontext
 PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
-    {"cli", "__main__", "doctor", "inspection"},
+    {"cli", "cli_models", "__main__", "doctor", "inspection"},
     {"pipeline"},
     {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config"}
     | {"hub", "hub_errors", "cached", "card"},
