@@ -217,7 +217,7 @@ def digest(path: Path, algorithm: str = "sha256", start: bytes = b"") -> str:
 
 
 def _listed(snapshot: Path) -> dict[str, dict[str, Any]]:
-    """The hub's list of a revision's files, which huggingface_hub keeps beside the snapshots (since 2.x)."""
+    """The hub's list of a revision's files, which newer versions of huggingface_hub keep beside the snapshots."""
     files = json_object(snapshot.parent.parent / "trees" / f"{snapshot.name}.json").get("files")
     known = files.items() if isinstance(files, dict) and snapshot.parent.name == "snapshots" else ()
     return {str(name): values for name, values in known if isinstance(values, dict)}

@@ -6,11 +6,12 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from . import __version__
 from .cached import HUB_ID, Cached, cache_folder, cached_models, digest, missing, repo_folder, snapshot, wanted
@@ -21,6 +22,7 @@ from .hub_errors import Unreachable, explained
 
 KONTEXT = SOURCE
 Progress = Callable[[int], object]
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -199,19 +201,6 @@ def _fetch(url: str, file: RemoteFile, place: Path, headers: dict[str, str], pro
     """
     import fcntl
 
-    from huggingface_hub.file_download import http_get
-
-    class Bar:
-        """What http_get takes for a tqdm."""
-
-        def __init__(self, *_: Any, **__: Any): ...
-        def __enter__(self) -> "Bar":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-        def update(self, count: int) -> None:
-            progress(count)
-
     blob, partial = place / "blobs" / file.blob, _partial(place, file.blob)
     if blob.is_file():
         return
@@ -223,15 +212,45 @@ def _fetch(url: str, file: RemoteFile, place: Path, headers: dict[str, str], pro
             raise ModelNotFound(f"{file.path} is being downloaded by another process; wait for it to end") from None
         except OSError:  # a volume without locks
             pass
-        if out.tell() > file.bytes:
-            out.truncate(0)
-        # to the hub and not to the address it redirects to: that one expires within the hour
-        http_get(url, out, resume_size=out.tell(), headers=headers, expected_size=file.bytes, tqdm_class=Bar)
+        _stream(url, file, out, headers, progress)
         out.flush()
         if digest(partial) != file.blob:
             partial.unlink()
             raise ModelNotFound(f"{file.path} came damaged (wrong sha256) and was removed; type the same command again")
         os.replace(partial, blob)
+
+
+def _stream(url: str, file: RemoteFile, out: BinaryIO, headers: dict[str, str], progress: Progress) -> None:
+    """Append what `out` lacks of the file. A broken line is taken up again, five times without a byte in between."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+
+    left = _TRIES
+    while (have := out.tell()) != file.bytes:
+        wanted_bytes = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+        try:
+            # the hub and not the address it redirects to: that one expires within the hour
+            with get_session().stream("GET", url, headers=headers | wanted_bytes, timeout=30) as response:
+                hf_raise_for_status(response)
+                if have and response.status_code != 206:  # it sends everything
+                    out.seek(0)
+                    out.truncate()
+                    progress(-have)
+                for chunk in response.iter_bytes():
+                    out.write(chunk)
+                    progress(len(chunk))
+                    left = _TRIES
+        except HfHubHTTPError:
+            raise
+        except HTTPError:
+            if left == 0:
+                raise
+            time.sleep(1)
+        left -= 1
+        if left < 0 or out.tell() > file.bytes:
+            out.seek(0)
+            out.truncate()
+            raise ModelNotFound(f"{file.path} came with the wrong size; type the same command again")
 
 
 def upload(

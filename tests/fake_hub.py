@@ -40,10 +40,16 @@ def git_sha1(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+def visibility(values: dict[str, Any]) -> str:
+    """As newer and older versions of huggingface_hub say it."""
+    return values.get("visibility") or ("private" if values["private"] else "public")
+
+
 @dataclass
 class FakeHub:
     """repos: name -> path -> content. gated: names that need GOOD. cut: path -> bytes after which the line goes dead, once.
 
+    broken: status of every answer. dead: large files never come. no_ranges: they come whole only.
     seen: (method, path) of every request, ranges: (path, Range header) of every download of a large file.
     """
 
@@ -52,6 +58,8 @@ class FakeHub:
     cut: dict[str, int] = field(default_factory=dict)
     slow: float = 0.0
     broken: int = 0
+    dead: bool = False
+    no_ranges: bool = False
     seen: list[tuple[str, str]] = field(default_factory=list)
     ranges: list[tuple[str, str | None]] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
@@ -142,6 +150,11 @@ class Handler(BaseHTTPRequestHandler):
         data, wanted = self.hub.repos[f"{owner}/{repo}"][path], self.headers.get("Range")
         if self.command == "GET":
             self.hub.ranges.append((path, wanted))
+        if self.hub.no_ranges:
+            wanted = None
+        if self.hub.dead and self.command == "GET":
+            self.close_connection = True
+            return
         start = int(wanted.removeprefix("bytes=").split("-")[0]) if wanted else 0
         self.send_response(206 if wanted else 200)
         self.send_header("Content-Length", str(len(data) - start))
@@ -181,7 +194,7 @@ class Handler(BaseHTTPRequestHandler):
             repo = f"{values['organization']}/{values['name']}"
             if repo in self.hub.repos:
                 return self.json({"url": f"{self.hub.url}/{repo}"}, 409)
-            self.hub.repos[repo], self.hub.settings[repo] = {}, {"visibility": values.get("visibility")}
+            self.hub.repos[repo], self.hub.settings[repo] = {}, {"visibility": visibility(values)}
             return self.json({"url": f"{self.hub.url}/{repo}"})
         if path.endswith("/info/lfs/objects/batch"):
             rows = json.loads(body)["objects"]
@@ -208,7 +221,11 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/lfs/"):
             self.hub.objects[path.removeprefix("/lfs/")] = body
         else:
-            self.hub.settings["/".join(path.split("/")[3:5])] |= json.loads(body)
+            values = json.loads(body)
+            self.hub.settings["/".join(path.split("/")[3:5])] |= {
+                "visibility": visibility(values),
+                "gated": values["gated"],
+            }
         self.json({})
 
     def body(self) -> bytes:

@@ -41,7 +41,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def fake(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr("time.sleep", lambda _: None)  # huggingface_hub waits a second before it tries again
+    monkeypatch.setattr("time.sleep", lambda _: None)  # a second before it is tried again
     monkeypatch.setattr(
         "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 65536
     )  # its 10 MB are more than our files have
@@ -130,10 +130,27 @@ def test_disk_is_checked_before_the_start(
 
 
 def test_a_broken_line_is_taken_up_again(fake: FakeHub, run: Run) -> None:
-    """Within one pull: huggingface_hub asks for the rest."""
     fake.cut[SHARD] = 1_000_000
     assert run("models", "pull").code == 0
-    assert [wanted for path, wanted in fake.ranges if path == SHARD] == [None, f"bytes={1_000_000 // 65536 * 65536}-"]
+    assert [wanted for path, wanted in fake.ranges if path == SHARD] == ["bytes=0-", "bytes=1000000-"]
+
+
+def test_a_dead_line_is_given_up(fake: FakeHub, cache: Path, run: Run) -> None:
+    fake.dead = True
+    ran = run("models", "pull")
+    assert ran.code == 3 and "the connection broke" in ran.err and f"type: mlx-kontext models pull {REPO}" in ran.err
+    assert len(fake.ranges) == 6
+    fake.dead = False
+    assert run("models", "pull").code == 0
+
+
+def test_a_server_without_ranges(fake: FakeHub, cache: Path, run: Run) -> None:
+    data = fake.repos[REPO][SHARD]
+    partial = cache / f"models--{REPO.replace('/', '--')}/blobs/{sha256(data)}.mlx-kontext.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(data[:1000])
+    fake.no_ranges = True
+    assert run("models", "pull").code == 0 and run("models", "verify").code == 0
 
 
 def environment(fake: FakeHub, cache: Path) -> dict[str, str]:
@@ -144,9 +161,8 @@ def environment(fake: FakeHub, cache: Path) -> dict[str, str]:
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_pull_goes_on_where_it_stopped(fake: FakeHub, cache: Path, run: Run, how: int) -> None:
     fake.cut[SHARD], fake.slow = 2_000_000, 20
-    code = "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 65536; "
     pull = subprocess.Popen(
-        [sys.executable, "-c", code + "from mlx_kontext.cli import main; main(['models', 'pull'])"],
+        [sys.executable, "-m", "mlx_kontext", "models", "pull"],
         env=environment(fake, cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
