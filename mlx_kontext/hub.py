@@ -18,7 +18,7 @@ from .cached import HUB_ID, Cached, cache_folder, cached_models, digest, missing
 from .card import LICENCE, SOURCE, leaks, papers
 from .disk import gigabytes, write_atomic
 from .errors import CheckpointError, ModelNotFound, RequestError, ResourceError
-from .hub_errors import Unreachable, explained
+from .hub_errors import explained
 
 KONTEXT = SOURCE
 Progress = Callable[[int], object]
@@ -87,7 +87,7 @@ def find_model(
         return _local(name, revision)
     try:
         return pull(look_up(name, revision, token), token)
-    except Unreachable:
+    except ModelNotFound:  # offline, a token that has run out: what is here whole will do
         with suppress(ModelNotFound):
             return _local(name, revision)
         raise

@@ -10,10 +10,6 @@ from .disk import explain
 from .errors import KontextError, ModelNotFound
 
 
-class Unreachable(ModelNotFound):
-    """No answer from the hub: what is here already may do."""
-
-
 @contextmanager
 def explained(repo: str, revision: str | None, verb: str = "pull") -> Iterator[None]:
     """Turn whatever huggingface_hub raises into one line with the next command to type."""
@@ -61,10 +57,9 @@ def _explanation(error: Exception, repo: str, revision: str | None, verb: str) -
     if status:
         return ModelNotFound(f"the hub answers {status} for {repo}; try again later with: {again}")
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return Unreachable(f"HF_HUB_OFFLINE is set, so nothing goes online; type: HF_HUB_OFFLINE=0 {again}")
+        return ModelNotFound(f"HF_HUB_OFFLINE is set, so nothing goes online; type: HF_HUB_OFFLINE=0 {again}")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         return explain(error, cache_folder())
     told = (str(error).strip().splitlines() or [type(error).__name__])[0]
     told = re.sub(r"\?\S*", "", told)[:200]  # what follows in an address may be a signature
-    kind = ModelNotFound if isinstance(error, (ValueError, OSError)) else Unreachable
-    return kind(f"{repo}: the hub could not be reached, or the connection broke ({told}); type: {again}")
+    return ModelNotFound(f"{repo}: the hub could not be reached, or the connection broke ({told}); type: {again}")

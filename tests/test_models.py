@@ -242,6 +242,8 @@ def test_gates_tell_401_from_403(fake: FakeHub, run: Run, monkeypatch: pytest.Mo
     assert ("fine-grained token" in last) == (case == "no access") and "hf_" not in last
     monkeypatch.setenv("HF_TOKEN", GOOD)
     assert run("models", "pull").code == 0 and not fake.leaked
+    monkeypatch.setenv("HF_TOKEN", "hf_ran_out")
+    assert hub.find_model(REPO).is_dir()  # for what is here whole nobody needs a token
 
 
 def test_wrong_names_and_a_sick_hub(fake: FakeHub, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
