@@ -1,4 +1,4 @@
-"""The command line: parse, one library call, print. The only library file that prints or exits.
+"""The command line: parse, one library call, print. With cli_models, the only library file that prints or exits.
 
 stdout carries results only; progress, notices and errors go to stderr. Whatever costs time to import is imported where it
 is used, so that --help is instant.
@@ -14,7 +14,6 @@ import secrets
 import signal
 import sys
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .cli_models import models
 from .errors import KontextError, RequestError
+from .terminal import safe_text, say
 
 if TYPE_CHECKING:
     from .edit import EditRequest, EditResult
@@ -48,6 +49,9 @@ def cli(context: click.Context) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+
+
+cli.add_command(models)
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -378,18 +382,6 @@ def doctor(selftest: bool, as_json: bool) -> None:
     click.echo(json.dumps(report.to_json()) if as_json else report.page())
     if not report.ok:
         raise click.exceptions.Exit(1)
-
-
-def say(text: str) -> None:
-    """A line for people, on stderr."""
-    click.echo(safe_text(text), err=True)
-
-
-def safe_text(text: str) -> str:
-    """Text that cannot steer the terminal: control, bidirectional and invisible characters become dots, newlines stay."""
-    return "".join(
-        c if c == "\n" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else "·" for c in text
-    )
 
 
 def main(arguments: list[str] | None = None) -> None:

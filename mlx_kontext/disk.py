@@ -97,3 +97,8 @@ def explain(error: OSError, path: Path) -> RequestError | ResourceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(f"{path}: the disk is full; nothing was written")
     return RequestError(f"{path} cannot be written ({error.strerror}); choose another place")
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from .backend import accelerator, memory_budget, mx, part_dtype, physical_memory
+from .disk import gigabytes as gigabytes
 from .errors import ResourceError
 from .models.flux import FluxConfig
 from .models.vae import VAEConfig
@@ -77,7 +78,3 @@ def plan(
         budget=budget,
         physical=max(physical_memory(), budget),
     )
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

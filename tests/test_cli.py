@@ -195,7 +195,7 @@ def test_config_names_origins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_help_and_version(run: Run) -> None:
     assert run().out == run("--help").out and "edit" in run("--help").out
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").out)
-    for command in ("edit", "generate", "show", "inspect", "config", "doctor"):
+    for command in ("edit", "generate", "show", "inspect", "models", "config", "doctor"):
         assert run(command, "-h").code == 0
 
 
@@ -254,7 +254,11 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "long T5": (["edit", SAMPLE, "x", "--max-sequence-length", "1000"], 2, "max_sequence_length"),
     "unknown dtype": (["edit", SAMPLE, "x", "--dtype", "int3"], 2, "float32, float16, bfloat16"),
     "unknown model": (["edit", SAMPLE, "x", "--model", "nosuch"], 3, "expected demo"),
-    "model not here": (["edit", SAMPLE, "x", "--model", "black-forest-labs/FLUX.1-Kontext-dev"], 3, "hf download"),
+    "model not here": (
+        ["edit", SAMPLE, "x", "--model", "black-forest-labs/FLUX.1-Kontext-dev"],
+        3,
+        "mlx-kontext models pull",
+    ),
     "shard missing": (["edit", SAMPLE, "x", "--model", "broken"], 1, "model-00001-of-00002"),
     "output taken": (["edit", SAMPLE, "x", "-o", "here.png"], 2, "--overwrite"),
     "output suffix": (["edit", SAMPLE, "x", "-o", "out.gif"], 2, ".png"),

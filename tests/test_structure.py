@@ -16,14 +16,15 @@ import mlx_kontext
 PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
-    {"cli", "__main__", "doctor", "inspection"},
+    {"cli", "cli_models", "__main__", "doctor", "inspection"},
     {"pipeline"},
-    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "hub", "config", "lora"},
+    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora"}
+    | {"hub", "hub_errors", "cached", "card"},
     {"models"},
-    {"edit", "errors", "disk", "backend", "__init__"},
+    {"edit", "errors", "disk", "terminal", "backend", "__init__"},
 ]
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
-WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli"]
+WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli", "cached", "card"]
 
 
 def modules() -> dict[str, Path]:

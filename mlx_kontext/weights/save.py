@@ -48,7 +48,7 @@ def _save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
         save_tensors(checkpoint.tensors(part), folder / part)
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         shutil.copytree(checkpoint.folder / name, folder / name)
-    texts = [path for path in checkpoint.folder.glob("*.md") if path.is_file()]
+    texts = [path for path in (*checkpoint.folder.glob("*.md"), checkpoint.folder / "NOTICE.txt") if path.is_file()]
     for path in texts:
         shutil.copyfile(path, folder / path.name)
     if not (folder / "README.md").exists():
