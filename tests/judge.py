@@ -28,7 +28,6 @@ class Verdict:
     def right(self) -> bool:
         return not self.complaints
 
-
     @property
     def identities(self) -> bool:
         """Whether every shape is most like its own kind."""

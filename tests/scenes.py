@@ -87,7 +87,14 @@ PHRASES = {
     ),
 }
 WORDS = {  # other words for the same
-    "circle": "disc", "square": "box", "purple": "violet", "cyan": "turquoise", "top": "upper", "bottom": "lower", "middle": "center"}
+    "circle": "disc",
+    "square": "box",
+    "purple": "violet",
+    "cyan": "turquoise",
+    "top": "upper",
+    "bottom": "lower",
+    "middle": "center",
+}
 ENDINGS = (".", ".", ".", "!", ", please", ", please.", ", keep everything else the same")
 
 
@@ -231,7 +238,7 @@ def random_scene(draw: random.Random, grid: tuple[int, int] = (2, 2), most: int 
 
 
 def place_name(cell: tuple[int, int], scene: Scene) -> str:
-    """"top left", "middle right", "middle", …: how an instruction calls a cell."""
+    """How an instruction calls a cell: "top left", "middle right", "middle"."""
     down = ("top", "bottom") if scene.rows == 2 else ("top", "middle", "bottom")
     along = ("left", "right") if scene.columns == 2 else ("left", "middle", "right")
     return " ".join(dict.fromkeys([down[cell[0]], along[cell[1]]]))
@@ -274,13 +281,11 @@ def spoken(draw: random.Random, text: str, operation: str) -> str:
     return text + (draw.choice(ENDINGS) if draw.random() < 0.3 else "")
 
 
-def random_edit(
-    draw: random.Random, operation: str, scene: Scene, colour: str = "", plain: bool = True
-) -> Edit | None:
+def random_edit(draw: random.Random, operation: str, scene: Scene, colour: str = "", plain: bool = True) -> Edit | None:
     """An edit of that operation on `scene`; None if the scene has no room for it, or not with the colour asked for."""
     absent = [kind for kind in KINDS if kind not in {s.kind for s in scene.shapes}]
     chosen = [s for s in scene.shapes if operation == "recolor" or colour in ("", s.colour)]
-    if operation in ("recolor", "remove", "swap") and not chosen or operation in ("add", "swap") and not absent:
+    if (operation in ("recolor", "remove", "swap") and not chosen) or (operation in ("add", "swap") and not absent):
         return None
     if operation in ("remove", "swap"):
         shape = draw.choice(chosen)

@@ -133,7 +133,12 @@ def test_generated_pictures() -> None:
 def test_instructions_as_people_write_them() -> None:
     """Other words and manners name the same things."""
     said = {spoken(Random(i), "make the circle purple", "recolor") for i in range(300)}
-    assert {"make the circle purple", "make the disc purple", "make the circle violet", "make the circle purple."} <= said
+    assert {
+        "make the circle purple",
+        "make the disc purple",
+        "make the circle violet",
+        "make the circle purple.",
+    } <= said
     assert any(text.startswith("please ") for text in said) and any("everything else" in text for text in said)
     assert all("circle" in text or "disc" in text for text in said)
 

@@ -3,7 +3,6 @@
 A failure names the quantities that are off in the order of computing, so the first one is where the two part.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache

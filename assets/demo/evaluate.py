@@ -20,7 +20,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
 from judge import check_identities, grown, judge, psnr, touched  # noqa: E402
-from scenes import GRIDS, OPERATIONS, PALETTE, Edit, draw_edit, random_edit, random_generation, random_scene, spoken  # noqa: E402
+from scenes import GRIDS, OPERATIONS, PALETTE, draw_edit, random_edit, random_generation, random_scene, spoken  # noqa: E402
 
 OPTIONS: dict[str, Any] = {}
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from flow import CLIP, FLUX, T5, Model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from vae import CONFIG, new_vae, normalise
 from vocabulary import cases, words, write_tokenizers
@@ -28,7 +27,10 @@ INDEX = {
 def export(vae: nn.Module, model: Model, folder: Path) -> None:
     """Replace the weights, tokenizers and configs in `folder`; a model card there stays as it is."""
     parts = {
-        "transformer": (as_mlx(model.flux.state_dict()), {"_class_name": "FluxTransformer2DModel", "patch_size": 1, **FLUX}),
+        "transformer": (
+            as_mlx(model.flux.state_dict()),
+            {"_class_name": "FluxTransformer2DModel", "patch_size": 1, **FLUX},
+        ),
         "vae": (vae_from_diffusers(as_mlx(vae.state_dict())), {"_class_name": "AutoencoderKL", **CONFIG}),
         "text_encoder": (as_mlx(with_prefix(model.clip.state_dict())), model.clip.config.to_diff_dict() | CLIP),
         "text_encoder_2": (as_mlx(t5_with_cases(model)), model.t5.config.to_diff_dict() | T5),
@@ -62,7 +64,9 @@ def as_mlx(state: dict[str, Tensor]) -> dict[str, mx.array]:
 
 def with_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """CLIP's tensors under the names of published files."""
-    return {f"text_model.{name.removeprefix('text_model.')}": p for name, p in state.items() if "position_ids" not in name}
+    return {
+        f"text_model.{name.removeprefix('text_model.')}": p for name, p in state.items() if "position_ids" not in name
+    }
 
 
 def t5_with_cases(model: Model) -> dict[str, Tensor]:

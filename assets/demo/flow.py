@@ -81,7 +81,9 @@ class Model(nn.Module):
         t5_words, clip_words = t5_tokenizer(), clip_tokenizer()
         self.flux = Flux(FLUX)
         self.t5 = T5EncoderModel(T5Config(vocab_size=t5_words.get_vocab_size(), **T5))
-        self.clip = CLIPTextModel(CLIPTextConfig(vocab_size=clip_words.get_vocab_size(), bos_token_id=0, pad_token_id=1, **CLIP))
+        self.clip = CLIPTextModel(
+            CLIPTextConfig(vocab_size=clip_words.get_vocab_size(), bos_token_id=0, pad_token_id=1, **CLIP)
+        )
         self.words = lru_cache(100_000)(lambda text: (t5_words.encode(text).ids, clip_words.encode(text).ids))
         self.end = clip_words.token_to_id("<|endoftext|>")
         self.piece = t5_words.token_to_id
@@ -94,7 +96,9 @@ class Model(nn.Module):
         clip = torch.tensor([ids + [self.end] * (longest - len(ids)) for _, ids in both])
         return self.t5(t5).last_hidden_state, self.clip(clip).pooler_output
 
-    def forward(self, x: Tensor, reference: Tensor | None, text: tuple[Tensor, Tensor], t: Tensor, grid: tuple) -> Tensor:
+    def forward(
+        self, x: Tensor, reference: Tensor | None, text: tuple[Tensor, Tensor], t: Tensor, grid: tuple
+    ) -> Tensor:
         """Velocity of the noisy tokens x: [B, N, 64] at times t: [B]."""
         txt, vec = text
         tokens = x if reference is None else torch.cat([x, reference], dim=1)
@@ -117,8 +121,11 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    return tokens.unflatten(1, (2 * grid[0], 2 * grid[1])).unflatten(3, (16, 2, 2)).permute(0, 3, 1, 4, 2, 5).reshape(
-        len(tokens), 16, 4 * grid[0], 4 * grid[1]
+    return (
+        tokens.unflatten(1, (2 * grid[0], 2 * grid[1]))
+        .unflatten(3, (16, 2, 2))
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(len(tokens), 16, 4 * grid[0], 4 * grid[1])
     )
 
 
@@ -146,7 +153,9 @@ def make_pool(vae: nn.Module, grid: tuple[int, int], scenes: int, seed: str) -> 
             source.append(pack(z).half())
             again.append(pack(encode(vae, (pixels * 127.5).round() / 127.5)).half())
     target = [pack(encoded(vae, batch)).half() for batch in batches([edit.target for edit in edits])]
-    return Pool(edits, made, torch.arange(made) // EDITS_A_SCENE, torch.cat(source), torch.cat(again), torch.cat(target))
+    return Pool(
+        edits, made, torch.arange(made) // EDITS_A_SCENE, torch.cat(source), torch.cat(again), torch.cat(target)
+    )
 
 
 def encoded(vae: nn.Module, scenes: list[Scene]) -> Tensor:
@@ -218,7 +227,9 @@ def is_matrix(name: str, p: Tensor) -> bool:
 
 
 @torch.no_grad()
-def make_results(model: Model, pools: list[Pool], count: int, seed: str, steps: int = 8) -> list[tuple[Tensor, list[Edit]]]:
+def make_results(
+    model: Model, pools: list[Pool], count: int, seed: str, steps: int = 8
+) -> list[tuple[Tensor, list[Edit]]]:
     """What the transformer makes of edits from the pools: latents [B, 16, h, w] and the edits, in batches of 64."""
     draw = random.Random(seed)
     torch.manual_seed(draw.randrange(2**31))

@@ -62,9 +62,7 @@ def train_vae(run: Run, args: argparse.Namespace) -> nn.Module:
     return vae
 
 
-def train_decoder(
-    run: Run, args: argparse.Namespace, vae: nn.Module, results: list[tuple[Tensor, list[Edit]]]
-) -> None:
+def train_decoder(run: Run, args: argparse.Namespace, vae: nn.Module, results: list[tuple[Tensor, list[Edit]]]) -> None:
     """Stage 4, the encoder frozen. Half of the latents are encoded with noise, half are what the transformer made."""
     opt = Optimizer([vae.decoder], is_convolution, rate=5e-4, muon_rate=1e-3, betas=(0.9, 0.99))
 

@@ -1,5 +1,6 @@
 """The demo model's tokenizers: FLUX's two kinds, over the few words it knows; anything else falls into letters."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -16,7 +17,14 @@ _CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}
 
 def words() -> list[str]:
     """Every word an instruction can hold, in lower case."""
-    texts = [*(form for forms in PHRASES.values() for form in forms), *PALETTE, *KINDS, *WORDS, *WORDS.values(), *ENDINGS]
+    texts = [
+        *(form for forms in PHRASES.values() for form in forms),
+        *PALETTE,
+        *KINDS,
+        *WORDS,
+        *WORDS.values(),
+        *ENDINGS,
+    ]
     return sorted(set(re.findall(r"[a-z]+", re.sub(r"\{.*?\}", " ", " ".join([*texts, MORE])))))
 
 
@@ -50,7 +58,7 @@ def clip_merges() -> list[tuple[str, str]]:
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words()}
     merges = []
     while any(len(parts) > 1 for parts in split.values()):
-        counts = Counter(pair for parts in split.values() for pair in zip(parts, parts[1:]))
+        counts = Counter(pair for parts in split.values() for pair in itertools.pairwise(parts))
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
         for parts in split.values():
@@ -63,11 +71,19 @@ def clip_merges() -> list[tuple[str, str]]:
 def clip_tokenizer() -> Tokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = clip_merges()
-    pieces = [*letters, *(c + "</w>" for c in letters), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    pieces = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     assert len(vocabulary) == len(pieces)
     tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix="")
+        models.BPE(
+            vocabulary, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""
+        )
     )
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -83,7 +99,9 @@ def clip_tokenizer() -> Tokenizer:
         ("<|endoftext|>", end), ("<|startoftext|>", start), trim_offsets=False, add_prefix_space=False
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in ("<|startoftext|>", "<|endoftext|>")])
+    tokenizer.add_special_tokens(
+        [AddedToken(n, special=True, normalized=False) for n in ("<|startoftext|>", "<|endoftext|>")]
+    )
     return tokenizer
 
 
