@@ -285,7 +285,7 @@ def test_inspect(style: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "inspect", "style.safetensors")
     assert code == 0 and "LoRA, PEFT / diffusers" in out and "rank          2" in out
     assert "transformer_blocks.*.norm1.linear" in out and "it does not fit" in out
-    assert json.loads(run(capsys, "inspect", "style.safetensors", "--json")[1])["ranks"] == {"2": 2}
+    assert json.loads(run(capsys, "inspect", "style.safetensors", "--json")[1])["ranks"] == {"2": 3}
     save_file({"transformer.proj_out.lokr_w1": torch.zeros(2, 2)}, style)
     code, out, err = run(capsys, "inspect", "style.safetensors")
     assert (code, out) == (1, "") and "style.safetensors is a LoKr" in err

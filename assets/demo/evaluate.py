@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import os
 import random
 import sys
 import time
@@ -113,6 +114,7 @@ def pipe() -> Any:
 
 
 def start(options: dict[str, Any]) -> None:
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # the processes share the cores
     OPTIONS.update(options)
 
 
@@ -184,12 +186,12 @@ def main() -> None:
             tasks(200, {}),
             lambda rs: {"pictures": len(rs), "round trip dB": float(np.mean([r["psnr"] for r in rs]))},
         ),
-        "edits, 28 steps": (single, tasks(1600, full), summary),
-        "edits, 8 steps": (single, tasks(1600, quick), summary),
-        "capitals, 8 steps": (single, tasks(1600, quick | {"manner": "capitals"}), summary),
-        "as people write, 8 steps": (single, tasks(600, quick | {"manner": "spoken"}), summary),
-        "T5 length 64, 8 steps": (single, tasks(600, quick | {"max_sequence_length": 64}), summary),
-        "T5 length 512, 8 steps": (single, tasks(600, quick | {"max_sequence_length": 512}), summary),
+        "edits, 28 steps": (single, tasks(1500, full), summary),
+        "edits, 8 steps": (single, tasks(1500, quick), summary),
+        "capitals, 8 steps": (single, tasks(1500, quick | {"manner": "capitals"}), summary),
+        "as people write, 8 steps": (single, tasks(300, quick | {"manner": "spoken"}), summary),
+        "T5 length 64, 8 steps": (single, tasks(300, quick | {"max_sequence_length": 64}), summary),
+        "T5 length 512, 8 steps": (single, tasks(300, quick | {"max_sequence_length": 512}), summary),
         "text to image, 28 steps": (generated, tasks(300, full), right_share),
         "chains of five, 28 steps": (chain, tasks(300, full), chain_summary),
     }

@@ -23,6 +23,18 @@ INDEX = {
     "defaults": {"num_inference_steps": 8, "max_sequence_length": 24, "draft_steps": 4, "draft_scale": 1},
 }
 
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+
 
 def export(vae: nn.Module, model: Model, folder: Path) -> None:
     """Replace the weights, tokenizers and configs in `folder`; a model card there stays as it is."""
@@ -41,6 +53,8 @@ def export(vae: nn.Module, model: Model, folder: Path) -> None:
         save_tensors(tensors, folder / name)
         write(folder / name / "config.json", config)
     write_tokenizers(folder)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write(folder / "model_index.json", INDEX)
     print(f"wrote {folder}: {sum(f.stat().st_size for f in folder.rglob('*.safetensors')) / 1e6:.2f} MB", flush=True)
 
@@ -48,13 +62,10 @@ def export(vae: nn.Module, model: Model, folder: Path) -> None:
 def export_unfinished(work: Path, folder: Path) -> None:
     """Write what the newest checkpoints in `work` hold."""
     vae, model = new_vae(), Model()
-    for stage, parts in (("vae", [vae]), ("flow", [model]), ("decoder", [vae.decoder])):
-        if stage == "flow":
-            normalise(vae)
-        if (work / f"{stage}.pt").exists():
-            parameters = [p for part in parts for p in part.parameters()]
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, torch.load(work / f"{stage}.pt")["slow"])
+    with torch.no_grad():
+        for stage, part in (("vae", vae), ("flow", model)):
+            torch._foreach_copy_(list(part.parameters()), torch.load(work / f"{stage}.pt")["slow"])
+    normalise(vae)
     export(vae, model, folder)
 
 

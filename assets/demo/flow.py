@@ -1,8 +1,6 @@
 """Stages 2 and 3: edits as latents, and the transformer and its text encoders learning to carry them out."""
 
 import argparse
-import itertools
-import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,6 +48,9 @@ CLIP = {
 SHARES = {"recolor": 0.32, "remove": 0.15, "background": 0.11, "swap": 0.22, "add": 0.2}
 EDITS_A_SCENE = 4
 SMALL_STEPS = 3850  # of training, on the three smaller grids alone: they cost half as much and teach the same
+EDITS_FIRST = (
+    7400  # steps; then pictures from nothing in earnest: to tell which of two shapes has which colour takes long
+)
 SHARE_SMALL, SHARE_ALL = (2, 1, 1, 0), (2, 2, 2, 4)  # of the steps, by grid
 LENGTHS, LONG = (12, 12, 24), (64, 128, 256, 512)
 
@@ -120,15 +121,6 @@ def pack(latents: Tensor) -> Tensor:
     return latents.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
-def unpack(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    return (
-        tokens.unflatten(1, (2 * grid[0], 2 * grid[1]))
-        .unflatten(3, (16, 2, 2))
-        .permute(0, 3, 1, 4, 2, 5)
-        .reshape(len(tokens), 16, 4 * grid[0], 4 * grid[1])
-    )
-
-
 def drawn_edit(draw: random.Random, scene: Scene) -> Edit:
     while True:
         operation = draw.choices(list(SHARES), list(SHARES.values()))[0]
@@ -178,7 +170,7 @@ def train_flow(run: Run, args: argparse.Namespace, pools: list[Pool], model: Mod
         shared = random.Random(f"shape {step}")  # so that all ranks take equally long
         (number,) = shared.choices(range(len(GRIDS)), SHARE_SMALL if step < SMALL_STEPS else SHARE_ALL)
         pool, grid = pools[number], GRIDS[number]
-        generate, count = shared.random() < 0.07, args.batch
+        generate, count = shared.random() < (0.07 if step < EDITS_FIRST else 0.45), args.batch
         length = 24 if generate else shared.choice(LENGTHS)
         if shared.random() < 0.03:
             length = shared.choice(LONG)
@@ -213,6 +205,8 @@ def draw_prompts(
     prompts: list[str] = []
     while len(chosen) < count:
         i = draw.randrange(pool.made, len(pool.edits)) if generate else draw.randrange(pool.made)
+        if generate and len(pool.edits[i].target.shapes) > 2:  # pools made before two were the most
+            continue
         prompt = describe(draw, pool.edits[i], plain=draw.random() < 0.5)
         if len(model.words(prompt)[0]) <= length:
             chosen.append(i)
@@ -224,27 +218,3 @@ def is_matrix(name: str, p: Tensor) -> bool:
     """Muon's: matrices inside blocks. Embeddings, modulation and what reads or writes latents are AdamW's."""
     inside = "_blocks." in name or ".block." in name or ".layers." in name
     return p.ndim == 2 and inside and "mod" not in name.removeprefix("text_model") and "relative" not in name
-
-
-@torch.no_grad()
-def make_results(
-    model: Model, pools: list[Pool], count: int, seed: str, steps: int = 8
-) -> list[tuple[Tensor, list[Edit]]]:
-    """What the transformer makes of edits from the pools: latents [B, 16, h, w] and the edits, in batches of 64."""
-    draw = random.Random(seed)
-    torch.manual_seed(draw.randrange(2**31))
-    results = []
-    for _ in range(count // 64):
-        (number,) = draw.choices(range(len(GRIDS)), SHARE_ALL)
-        pool, grid = pools[number], GRIDS[number]
-        chosen, prompts = draw_prompts(draw, model, pool, False, 64, 24)
-        text = model.read(prompts, 24)
-        reference = pool.again[pool.scene[chosen]].float()
-        x = torch.randn_like(reference)
-        sigma = torch.linspace(1, 1 / steps, steps)
-        mu = 0.5 + (x.shape[1] - 256) * (1.15 - 0.5) / (4096 - 256)
-        sigma = torch.cat([math.e**mu / (math.e**mu + 1 / sigma - 1), torch.zeros(1)])
-        for now, then in itertools.pairwise(sigma):
-            x = x + (then - now) * model(x, reference, text, now.expand(64), grid)
-        results.append((unpack(x, grid), [pool.edits[i] for i in chosen.tolist()]))
-    return results

@@ -1,12 +1,11 @@
 """Train the demo model from nothing: `python assets/demo/train.py`. About two hours on two CPU cores.
 
-Needs the `test` extra (torch, diffusers, transformers) and a C++ compiler. Four stages, each resumed where it stopped and
-skipped when it is done; everything between is kept in `--work`:
+Needs the `test` extra (torch, diffusers, transformers) and a C++ compiler. Three stages, each resumed where it stopped and
+skipped when it is done; what lies between is kept in `--work`:
 
   1. the VAE, on rendered scenes (vae.py)
   2. a pool of edits as latents (flow.py)
   3. transformer, T5 and CLIP together, on the pool (flow.py)
-  4. the VAE's decoder once more: it learns to draw clean edges from what the transformer makes (vae.py)
 
 Each stage is seeded. Ranks, of one thread each, split every batch and add up their gradients. At the end, or at any time with
 `--export`, the model folder is written (export.py); `evaluate.py` judges it.
@@ -22,18 +21,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys_path = None
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from flow import Model, make_pool, make_results, train_flow  # noqa: E402
+from flow import Model, make_pool, train_flow  # noqa: E402
 from optimizer import Optimizer  # noqa: E402
 from scenes import GRIDS  # noqa: E402
 from torch import Tensor  # noqa: E402
-from vae import train_decoder, train_vae  # noqa: E402
+from vae import train_vae  # noqa: E402
 
 
 def worker(rank: int, args: argparse.Namespace) -> None:
@@ -51,9 +49,6 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         pools.append(kept(args.work / f"{name}.pt", partial(make_pool, vae, grid, scenes, name)))
     model = Model()
     train_flow(stage, args, pools, model)
-    file = args.work / f"results-{rank}.pt"
-    results = kept(file, lambda: make_results(model, pools, args.results // args.ranks, f"results {rank}"))
-    train_decoder(stage, args, vae, results)
     if rank == 0:
         from export import export
 
@@ -113,11 +108,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--vae-steps", type=int, default=10000)
     parser.add_argument("--vae-batch", type=int, default=4, help="pictures a step and rank")
-    parser.add_argument("--scenes", type=int, default=32000, help="scenes in the pool, four edits each")
-    parser.add_argument("--flow-steps", type=int, default=18000)
+    parser.add_argument("--scenes", type=int, default=24000, help="scenes in the pool, four edits each")
+    parser.add_argument("--flow-steps", type=int, default=9800)
     parser.add_argument("--batch", type=int, default=32, help="edits a step and rank")
-    parser.add_argument("--results", type=int, default=8192, help="edits carried out for the last stage")
-    parser.add_argument("--decoder-steps", type=int, default=4000)
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="if there is no C++ compiler")
     parser.add_argument("--export", action="store_true", help="write the model as far as it is trained, and stop")
     args = parser.parse_args()

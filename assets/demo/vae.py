@@ -1,4 +1,4 @@
-"""Stages 1 and 4: the autoencoder learns to keep scenes, and at the end to draw clean edges from imperfect latents."""
+"""Stage 1: the autoencoder learns to keep scenes."""
 
 import argparse
 import random
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from optimizer import Optimizer
-from scenes import GRIDS, PALETTE, Edit, Scene, Shape, jittered, random_scene
+from scenes import GRIDS, PALETTE, Scene, Shape, jittered, random_scene
 from torch import Tensor, nn
 
 CONFIG = {
@@ -60,27 +60,6 @@ def train_vae(run: Run, args: argparse.Namespace) -> nn.Module:
     opt.use_average()
     normalise(vae)
     return vae
-
-
-def train_decoder(run: Run, args: argparse.Namespace, vae: nn.Module, results: list[tuple[Tensor, list[Edit]]]) -> None:
-    """Stage 4, the encoder frozen. Half of the latents are encoded with noise, half are what the transformer made."""
-    opt = Optimizer([vae.decoder], is_convolution, rate=5e-4, muon_rate=1e-3, betas=(0.9, 0.99))
-
-    def loss(step: int, draw: random.Random) -> tuple[Tensor, dict[str, float]]:
-        if step % 2:
-            latents, edits = draw.choice(results)
-            chosen = draw.sample(range(len(edits)), args.vae_batch)
-            latents, x = latents[chosen], to_tensor([edits[i].target for i in chosen])
-        else:
-            x = to_tensor([training_scene(draw, GRIDS[step // 2 % 4]) for _ in range(args.vae_batch)])
-            with torch.no_grad():
-                latents = encode(vae, x)
-            latents = latents + torch.randn_like(latents) * 0.1 * torch.rand(len(latents), 1, 1, 1)
-        y = decode(vae, latents)
-        return picture_loss(y, x), {"made" if step % 2 else "psnr": psnr(y, x)}
-
-    run("decoder", opt, args.decoder_steps, loss)
-    opt.use_average()
 
 
 def encode(vae: nn.Module, x: Tensor) -> Tensor:
