@@ -18,7 +18,7 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 LAYERS = [
     {"cli", "__main__", "doctor", "inspection"},
     {"pipeline"},
-    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "hub", "config"},
+    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "quantize", "hub", "config"},
     {"models"},
     {"edit", "errors", "disk", "backend", "__init__"},
 ]
