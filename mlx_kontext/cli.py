@@ -83,6 +83,12 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--draft", is_flag=True, default=None, help="A quick preview: a quarter of the pixels, fewer steps."
         ),
+        click.option(
+            "-q",
+            "--quantize",
+            metavar="SCHEME",
+            help="Pack weights while loading: q8, q6, q4m, q4, or a number of bits.",
+        ),
         click.option("--dtype", metavar="D", help="float32, float16 or bfloat16. Default: what suits this machine."),
         click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object a result on stdout."),
@@ -137,6 +143,7 @@ def run(
     model: str | None,
     size: str | None,
     dtype: str | None,
+    quantize: str | None,
     overwrite: bool,
     as_json: bool,
     **typed: Any,
@@ -162,7 +169,7 @@ def run(
 
     configured = settings()
     model = model or reusable_name(made_with) or configured["model"].value
-    pipe = open_model(model, dtype or configured["dtype"].value or None)
+    pipe = open_model(model, dtype or configured["dtype"].value or None, quantize)
     if "transformer" in made_with and made_with["transformer"] != pipe.checkpoint.identity["transformer"]:
         say(f"note: the record was made with {made_with.get('name')}, this is another model")
     if aspect:
@@ -234,12 +241,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         os.close(reader)
 
 
-def open_model(model: str, dtype: str | None) -> KontextPipeline:
+def open_model(model: str, dtype: str | None, quantize: str | None) -> KontextPipeline:
     """The model from this machine; the command line never downloads by surprise."""
     say(f"opening {model}")
     from .pipeline import KontextPipeline
 
-    return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True)
+    return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, quantize=quantize)
 
 
 def model_of(record: dict[str, Any]) -> dict[str, str]:
@@ -325,14 +332,15 @@ def show(image: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("path", metavar="MODEL")
+@click.option("-q", "--quantize", metavar="SCHEME", help="Count memory as if quantized so: q8, q6, q4m, q4, bits.")
 @click.option("--dtype", metavar="D", help="Count memory for this dtype. Default: what suits this machine.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def inspect(path: str, dtype: str | None, as_json: bool) -> None:
+def inspect(path: str, quantize: str | None, dtype: str | None, as_json: bool) -> None:
     """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here."""
     from .config import settings
     from .inspection import inspect_model
 
-    report = inspect_model(path, dtype or settings()["dtype"].value or None)
+    report = inspect_model(path, dtype or settings()["dtype"].value or None, quantize)
     click.echo(json.dumps(report.to_json()) if as_json else safe_text(report.page()))
 
 
