@@ -1,4 +1,4 @@
-"""Quantization: schemes by name, which layer gets how many bits, and the packing of one matrix in bounded memory.
+"""Quantization: schemes by name, which layer gets how many bits, and what that does to a model.
 
 A scheme only says what it wants of each layer; `choose` fits that to the sizes of a model. What stays as stored in every
 scheme: embedders of picture, text, time, guidance and pooled vector, the final layer, norms, biases, VAE and CLIP. They are
@@ -12,13 +12,20 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .backend import mx
 from .errors import CheckpointError, RequestError
+from .image import nearest_size, noise, pack, position_ids, to_array
 from .models.quantized import Packing
+from .photo import read_photo
+from .weights.pack import pack_matrix, unpack_matrix
 
-Tensors = dict[str, mx.array]
+if TYPE_CHECKING:
+    from .pipeline import KontextPipeline
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _EIGHT = Packing(64, 8)
@@ -30,10 +37,6 @@ _BLOCK = re.compile(
 )
 _MODULATION = re.compile(r"(double_blocks\.\d+\.(img|txt)_mod|single_blocks\.\d+\.modulation)\.lin")
 _T5 = re.compile(r"shared|encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi_0|wi_1|wo))")
-_SEARCHED_BITS = 4  # at 5 bits and more, clipping gains less than a tenth of the error
-_CHUNK = 2**21  # numbers packed at a time: 8 MB in fp32, a dozen such arrays are alive during the search
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
-_REFITS = 3
 
 
 @dataclass(frozen=True)
@@ -99,11 +102,12 @@ class Scheme:
         return Packing(self.group_size, self._mixed_bits(block, config) if self.mixed else self.bits, self.mode)
 
     def _mixed_bits(self, block: re.Match[str], config: Any) -> int:
-        """More bits where an error does most harm: the ends of the network, and the stream that carries the instruction.
+        """More bits where an error does most harm: the ends of the network, and the layers that follow GELU.
 
         First double and last single blocks at 8 bits: uniform 4 bits on Qwen-Image gave cracked skin, 8 bits at the ends
-        removed it. Text stream of the double blocks at 6: it is where the words act, and an eighth of the bytes.
-        Of full size: doubles 0-2 and singles 35-37; two thirds of the block weights stay at 4 bits.
+        removed it. The last layer of each MLP, whose inputs have outliers, one bit more. Chosen by one-step error a byte on
+        the demo model (at sigma 0.5: uniform 0.116, ends 0.096, ends and MLP 0.086); 6 bits for the text stream, often
+        advised, gained nothing there (0.115). Full size: doubles 0-2, singles 35-37; over half of the weights stay at 4 bits.
         """
         index = int(block["index"])
         if block["kind"] == "double" and index < max(1, round(0.16 * config.num_layers)):
@@ -111,7 +115,8 @@ class Scheme:
         last = config.num_single_layers - max(1, round(0.08 * config.num_single_layers))
         if block["kind"] == "single" and index >= last:
             return 8
-        return max(6, self.bits) if block["stream"] == "txt" else self.bits
+        after_gelu = block["layer"] in ("img_mlp.2", "linear2")
+        return min((bits for bits in _AFFINE_BITS if bits > self.bits), default=8) if after_gelu else self.bits
 
 
 SCHEMES = {f"q{bits}": Scheme(bits) for bits in (3, 4, 5, 6, 8)} | {"q4m": Scheme(4, mixed=True)}
@@ -165,127 +170,6 @@ def told(chosen: Mapping[str, Chosen], scheme: Scheme | None, stored: Any) -> st
     if isinstance(stored, str) and re.fullmatch(r"[a-z0-9-]{1,20}", stored):
         return stored
     return "/".join(str(bits) for bits in sorted({packing.bits for packing in packings})) + "-bit"
-
-
-# --- one matrix ---
-
-
-def quantize_tensors(tensors: Tensors, layers: Mapping[str, Packing]) -> None:
-    """Pack these layers in place, one after another: above the result only one unpacked matrix is in memory."""
-    take = Taker(tensors, layers)
-    for path, packing in layers.items():
-        for suffix in packing.tensors(1, packing.group_size):
-            tensors[f"{path}.{suffix}"] = take(f"{path}.{suffix}")
-        mx.clear_cache()
-
-
-class Taker:
-    """Takes tensors out of a dictionary by the names they have once packed, packing a matrix when it is first asked for."""
-
-    def __init__(self, tensors: Tensors, layers: Mapping[str, Packing]):
-        self._tensors, self._layers = tensors, layers
-        self._ready: Tensors = {}
-
-    def __call__(self, name: str) -> mx.array:
-        if name in self._ready:
-            return self._ready.pop(name)
-        path, _, suffix = name.rpartition(".")
-        if path not in self._layers or suffix == "bias":
-            return self._tensors.pop(name)
-        packed = pack(self._tensors.pop(f"{path}.weight"), self._layers[path], path)
-        self._ready |= {f"{path}.{key}": value for key, value in packed.items()}
-        return self._ready.pop(name)
-
-
-def pack(weight: mx.array, packing: Packing, name: str = "weight") -> Tensors:
-    """Pack a matrix [rows, columns] by chunks of rows; evaluated. Up to 4 bits the range of each group is searched.
-
-    Returns `weight`, `scales` and, in affine mode, `biases`. Raises CheckpointError for weights that are not finite.
-    """
-    dtype = scale_dtype(weight, name) if packing.mode == "affine" else mx.float32
-    rows = max(1, _CHUNK // weight.shape[1])
-    chunks = []
-    for start in range(0, weight.shape[0], rows):
-        chunk = weight[start : start + rows]
-        if packing.mode == "affine" and packing.bits <= _SEARCHED_BITS:
-            packed = search(chunk, packing, dtype)
-        else:
-            packed = mx.quantize(chunk.astype(dtype), packing.group_size, packing.bits, packing.mode)
-        mx.eval(packed)
-        chunks.append(packed)
-    names = ("weight", "scales", "biases")
-    result = {name: mx.concatenate(parts) for name, *parts in zip(names, *chunks, strict=False)}
-    mx.eval(result)
-    return result
-
-
-def scale_dtype(weight: mx.array, name: str) -> mx.Dtype:
-    """The dtype of scales and biases: fp16, or bf16 for weights too large or too small for it.
-
-    At 8 bits a bf16 scale errs as much as the rounding of the weight: relative error 0.8 % with bf16, 0.5 % with fp16.
-    """
-    largest = float(mx.maximum(weight.max(), -weight.min()).astype(mx.float32).item())  # type: ignore[arg-type]
-    if not largest < float("inf"):
-        raise CheckpointError(f"{name} holds numbers that are not finite; download the model again")
-    # below the first bound even the largest step of an 8-bit group is a denormal of fp16; zeros fit any
-    return mx.float16 if largest == 0 or 2**-7 < largest < 2**15 else mx.bfloat16
-
-
-def search(weight: mx.array, packing: Packing, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
-    """Quantize a matrix with the scale and bias of each group that make the squared error of its weights least.
-
-    No data are needed: a few outliers cost less when clipped than the step they force on their 63 neighbours. Tried are
-    MLX's own scale and bias, the range shrunk by several factors, and the best of these refitted to the codes it gave
-    (least squares). So the error is never above that of mx.quantize. Returns weight, scales, biases.
-    """
-    top = 2**packing.bits - 1
-    groups = weight.astype(mx.float32).reshape(weight.shape[0], -1, packing.group_size)
-    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
-
-    def rounded(scale: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
-        """As they will be stored; a step of zero, in a group of one number, would divide by zero."""
-        scale, bias = scale.astype(dtype).astype(mx.float32), bias.astype(dtype).astype(mx.float32)
-        return mx.where(scale == 0, 2.0**-14, scale), bias
-
-    def codes(scale: mx.array, bias: mx.array) -> mx.array:
-        return mx.clip(mx.round((groups - bias) / scale), 0, top)
-
-    def error(scale: mx.array, bias: mx.array) -> mx.array:
-        return mx.square(codes(scale, bias) * scale + bias - groups).sum(axis=-1, keepdims=True)
-
-    _, *plain = mx.quantize(weight.astype(dtype), packing.group_size, packing.bits)
-    scale, bias = rounded(plain[0][..., None], plain[1][..., None])
-    least = error(scale, bias)
-    for shrink in (*_SHRINKS, *[None] * _REFITS):
-        if shrink is not None:
-            found = rounded((high - low) * shrink / top, low * shrink)
-        else:  # the line through the codes of the best so far
-            code = codes(scale, bias)
-            code_mean, mean = code.mean(axis=-1, keepdims=True), groups.mean(axis=-1, keepdims=True)
-            spread = mx.square(code - code_mean).sum(axis=-1, keepdims=True)
-            slope = ((code - code_mean) * (groups - mean)).sum(axis=-1, keepdims=True) / mx.maximum(spread, 1e-12)
-            found = rounded(slope, mean - slope * code_mean)
-        now = error(*found)
-        better = now < least
-        scale, bias = mx.where(better, found[0], scale), mx.where(better, found[1], bias)
-        least = mx.minimum(now, least)
-        mx.eval(scale, bias, least)  # one candidate in memory at a time
-    packed = pack_codes(codes(scale, bias).astype(mx.uint32).reshape(weight.shape), packing.bits)
-    return packed, scale[..., 0].astype(dtype), bias[..., 0].astype(dtype)
-
-
-def pack_codes(codes: mx.array, bits: int) -> mx.array:
-    """Codes [rows, columns] as a row of bits, lowest first, cut into uint32: MLX's layout for any number of bits."""
-    runs = codes.reshape(codes.shape[0], -1, 32)  # 32 codes are `bits` whole words
-    words = []
-    for word in range(bits):
-        total = mx.zeros(runs.shape[:2], mx.uint32)
-        for i in range(32):
-            shift = i * bits - 32 * word
-            if -bits < shift < 32:
-                total = total | (runs[..., i] << shift if shift >= 0 else runs[..., i] >> -shift)
-        words.append(total)
-    return mx.stack(words, axis=-1).reshape(codes.shape[0], -1)
 
 
 # --- config.json ---
@@ -347,6 +231,111 @@ def packed_sizes(
             continue
         for suffix, (packed, dtype) in layers[path].tensors(*shape).items():
             yield f"{path}.{suffix}", prod(packed) * (scale_size if dtype == mx.float16 else dtype.size)
+
+
+# --- what it costs ---
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """One packed layer. error: of its weights, relative (Frobenius norms); bytes_before: as the original stores it."""
+
+    part: str
+    path: str
+    bits: int
+    group_size: int
+    error: float
+    bytes_before: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every packed layer of a model beside its original."""
+
+    rows: list[LayerError]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [vars(row) for row in self.rows]
+
+    def table(self) -> str:
+        """The same for people, with one line of sums."""
+        lines = [f"{'layer':58} bits group   error      bytes     before"]
+        for row in self.rows:
+            name = f"{row.part} {row.path}"
+            lines.append(
+                f"{name:58} {row.bits:4} {row.group_size:5} {row.error:7.4f} {row.bytes:10,} {row.bytes_before:10,}"
+            )
+        mean = sum(row.error for row in self.rows) / max(len(self.rows), 1)
+        size, before = sum(row.bytes for row in self.rows), sum(row.bytes_before for row in self.rows)
+        return "\n".join([*lines, f"{len(self.rows)} layers, mean{'':51} {mean:7.4f} {size:10,} {before:10,}"])
+
+
+def report(original: "KontextPipeline", quantized: "KontextPipeline") -> Report:
+    """Compare the weights of two pipelines of one model, layer by layer; neither model is loaded whole.
+
+    Raises RequestError if `original` is quantized or the two are not the same model.
+    """
+    if original.quantization:
+        raise RequestError(f"{original.name} is quantized ({original.quantization}); compare with the original weights")
+    rows = []
+    for part, chosen in quantized.checkpoint.quantization.items():
+        before, after = original.checkpoint.tensors(part), quantized.checkpoint.tensors(part)
+        for path, packing in chosen.layers.items():
+            name = f"{path}.weight"
+            weight = before.pop(name, None)
+            if quantized.checkpoint.scheme and name in after:
+                packed = pack_matrix(after.pop(name), packing, path)
+            else:
+                names = ("weight", "scales", "biases")
+                packed = {key: after.pop(f"{path}.{key}") for key in names if f"{path}.{key}" in after}
+            plain = unpack_matrix(packed, packing)
+            if weight is None or weight.shape != plain.shape:
+                raise RequestError(f"{original.name} and {quantized.name} are not the same model: {name} differs")
+            exact = weight.astype(mx.float32)
+            error = mx.linalg.norm(plain - exact) / mx.maximum(mx.linalg.norm(exact), 1e-30)
+            size = sum(value.nbytes for value in packed.values())
+            rows.append(LayerError(part, path, packing.bits, packing.group_size, float(error), weight.nbytes, size))
+            mx.clear_cache()
+    return Report(rows)
+
+
+def velocity_errors(
+    original: "KontextPipeline",
+    quantized: "KontextPipeline",
+    image: Any,
+    prompt: str,
+    *,
+    sigmas: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25),
+    seed: int = 0,
+) -> dict[float, float]:
+    """Relative error (L2) of one velocity at each noise level, on inputs that are the same for both transformers.
+
+    A whole edit is chaotic: after 28 steps a tiny error may be another picture just as good. One step is not. The noisy
+    picture is sigma noise + (1 - sigma) input, text states and reference are the original's.
+    """
+    photo, vae = read_photo(image).image, original.checkpoint.config("vae")
+    multiple = 2 * vae.downsampling
+    width, height = nearest_size(photo.width, photo.height, original.sizes, multiple)
+    rows, columns = height // multiple, width // multiple
+    clean = pack(original.vae.encode(mx.array(to_array(photo, width, height))))
+    noisy = mx.array(pack(noise(seed, 2 * rows, 2 * columns, vae.latent_channels)))
+    read = original.text.encode(prompt, original.defaults.max_sequence_length)
+    text = np.zeros((read.txt.shape[1], 3), np.int32)
+    ids = mx.array(np.concatenate([text, position_ids(rows, columns, 0), position_ids(rows, columns, 1)]))
+
+    def velocities(pipe: "KontextPipeline") -> list[mx.array]:
+        flux, found = pipe.flux, []
+        modulation = flux.modulation(mx.array(sigmas), original.defaults.guidance_scale, read.vec)
+        for i, sigma in enumerate(sigmas):
+            tokens = mx.concatenate([sigma * noisy + (1 - sigma) * clean, clean], axis=1).astype(original.dtype)
+            v = flux(tokens, read.txt, flux.rope(ids), modulation.at(i))[:, : noisy.shape[1]].astype(mx.float32)
+            mx.eval(v)
+            found.append(v)
+        return found
+
+    pairs = zip(sigmas, velocities(original), velocities(quantized), strict=True)
+    return {sigma: float(mx.linalg.norm(b - a) / mx.linalg.norm(a)) for sigma, a, b in pairs}
 
 
 def _listed(values: Any) -> str:

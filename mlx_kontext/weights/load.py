@@ -21,10 +21,11 @@ from ..models.flux import Flux, FluxConfig
 from ..models.quantized import Packed, Packing, quantize_layers
 from ..models.t5 import T5Config, T5Encoder
 from ..models.vae import AutoEncoder, VAEConfig
-from ..quantize import Chosen, Scheme, choose, from_block, quantize_tensors, unpacked_shapes
+from ..quantize import Chosen, Scheme, choose, from_block, unpacked_shapes
 from ..sampling import ScheduleConfig
 from .formats import FORMATS, PARTS, Format, Tensors
 from .header import TensorInfo, read_header, read_index
+from .pack import quantize_tensors
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "transformer": (FluxConfig, Flux),

@@ -11,9 +11,10 @@ from ..backend import mx
 from ..disk import explain, replace_atomic, write_atomic
 from ..errors import RequestError, ResourceError
 from ..models.quantized import Packing
-from ..quantize import Taker, packed_sizes, to_block
+from ..quantize import packed_sizes, to_block
 from .formats import PARTS, Tensors
 from .load import Checkpoint, read_json
+from .pack import Taker
 
 _SHARD_BYTES = 10**9
 _KEPT = ("resolutions", "defaults", "quantization")  # of model_index.json
