@@ -45,9 +45,10 @@ class Packed(nn.Module):
 
     def unpacked(self, rows: mx.array | None = None) -> mx.array:
         """The matrix, or some of its rows, in the dtype of its scales (bf16 for fp formats)."""
-        tensors = [self.get(name) for name in ("weight", "scales", "biases")]
-        weight, scales, biases = tensors if rows is None else [t if t is None else t[rows] for t in tensors]
-        return mx.dequantize(weight, scales, biases, self.group_size, self.bits, self.mode)
+        names = [name for name in ("weight", "scales", "biases") if name in self]
+        packed: dict[str, Any] = {name: self[name] if rows is None else self[name][rows] for name in names}
+        weight, scales = packed["weight"], packed["scales"]
+        return mx.dequantize(weight, scales, packed.get("biases"), self.group_size, self.bits, self.mode)
 
 
 class QuantizedLinear(Packed):
