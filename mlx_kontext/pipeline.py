@@ -23,7 +23,7 @@ from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_ar
 from .models.flux import Flux, Modulation
 from .models.vae import AutoEncoder
 from .photo import read_photo
-from .plan import Plan, gigabytes, plan, weight_bytes
+from .plan import Plan, gigabytes, plan, unpacked_bytes, weight_bytes
 from .quantize import Scheme, told
 from .sampling import euler, schedule
 from .text import Conditioning, TextEncoders
@@ -64,6 +64,7 @@ class KontextPipeline:
         self._schedule = checkpoint.schedule_config()
         self._flux_config, self._vae_config = checkpoint.config("transformer"), checkpoint.config("vae")
         self._weights = weight_bytes(checkpoint, self.dtype)  # reads every header, so damage shows before work starts
+        self._unpacked = unpacked_bytes(checkpoint, self.dtype)
         self.quantization = told(checkpoint.quantization, checkpoint.scheme, checkpoint.index.get("quantization"))
         self._parts: dict[str, Any] = {}
         self.text = TextEncoders(checkpoint.folder, self._part, self.dtype)
@@ -209,6 +210,7 @@ class KontextPipeline:
             self.dtype,
             tokens=tokens + (text_tokens or self.defaults.max_sequence_length),
             pixels=max(w * h for w, h in sizes),
+            unpacked=self._unpacked,
         )
 
     # --- the chapters of the story, in order ---
