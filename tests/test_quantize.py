@@ -269,6 +269,9 @@ def test_fp_modes_survive_a_folder(tmp_path: Path) -> None:
     a, b = loaded(pipe, "transformer"), loaded(stored, "transformer")
     assert a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
     assert not any(name.endswith("linear1.biases") for name in b)
+    assert b["single_blocks.0.linear1.scales"].dtype == mx.uint8  # codes, not numbers to cast
+    y = stored.flux.single_blocks[0].linear1(mx.ones((1, stored.checkpoint.config("transformer").hidden)))
+    assert y.dtype == F32 and mx.isfinite(y).all().item()
 
 
 def test_packing_holds_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 _BASES = ("model", "diffusion_pytorch_model")
 _READABLE = ("F32", "F16", "BF16")
 _PACKED = {"weight": "U32", "scales": "U8"}  # of a quantized layer; fp modes have scales of one byte
+_CODES = (mx.uint32, mx.uint8)  # never cast: packed weights, and the scales of fp modes
 _T = TypeVar("_T")
 
 
@@ -205,7 +206,7 @@ def fill(
         [
             (
                 name,
-                value if name in whole and (value.dtype == mx.uint32 or dtype != mx.float32) else value.astype(dtype),
+                value if name in whole and (value.dtype in _CODES or dtype != mx.float32) else value.astype(dtype),
             )
             for name, value in tensors.items()
         ]
