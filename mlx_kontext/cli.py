@@ -90,6 +90,12 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--lora", multiple=True, metavar="FILE[:SCALE]", help="A LoRA file of FLUX.1; repeat for several. Scale: 1."
         ),
+        click.option(
+            "-q",
+            "--quantize",
+            metavar="SCHEME",
+            help="Pack weights while loading: q8, q6, q4m, q4, or a number of bits.",
+        ),
         click.option("--dtype", metavar="D", help="float32, float16 or bfloat16. Default: what suits this machine."),
         click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object a result on stdout."),
@@ -144,6 +150,7 @@ def run(
     model: str | None,
     size: str | None,
     dtype: str | None,
+    quantize: str | None,
     overwrite: bool,
     as_json: bool,
     **typed: Any,
@@ -174,7 +181,7 @@ def run(
 
     configured = settings()
     model = model or reusable_name(made_with) or configured["model"].value
-    pipe = open_model(model, dtype or configured["dtype"].value or None)
+    pipe = open_model(model, dtype or configured["dtype"].value or None, quantize)
     if "transformer" in made_with and made_with["transformer"] != pipe.checkpoint.identity["transformer"]:
         say(f"note: the record was made with {made_with.get('name')}, this is another model")
     if aspect:
@@ -246,12 +253,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         os.close(reader)
 
 
-def open_model(model: str, dtype: str | None) -> KontextPipeline:
+def open_model(model: str, dtype: str | None, quantize: str | None) -> KontextPipeline:
     """The model from this machine; the command line never downloads by surprise."""
     say(f"opening {model}")
     from .pipeline import KontextPipeline
 
-    return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True)
+    return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, quantize=quantize)
 
 
 def model_of(record: dict[str, Any]) -> dict[str, str]:
@@ -337,9 +344,10 @@ def show(image: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("path", metavar="MODEL|LORA")
+@click.option("-q", "--quantize", metavar="SCHEME", help="Count memory as if quantized so: q8, q6, q4m, q4, bits.")
 @click.option("--dtype", metavar="D", help="Count memory for this dtype. Default: what suits this machine.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def inspect(path: str, dtype: str | None, as_json: bool) -> None:
+def inspect(path: str, quantize: str | None, dtype: str | None, as_json: bool) -> None:
     """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here.
 
     Of a LoRA file: its format, ranks, the layers it changes, and parts that are not applied.
@@ -347,9 +355,8 @@ def inspect(path: str, dtype: str | None, as_json: bool) -> None:
     from .config import settings
     from .inspection import inspect_adapter, inspect_model, is_adapter
 
-    report = (
-        inspect_adapter(path) if is_adapter(path) else inspect_model(path, dtype or settings()["dtype"].value or None)
-    )
+    dtype = dtype or settings()["dtype"].value or None
+    report = inspect_adapter(path) if is_adapter(path) else inspect_model(path, dtype, quantize)
     click.echo(json.dumps(report.to_json()) if as_json else safe_text(report.page()))
 
 

@@ -13,19 +13,25 @@ from .lora import read_adapter_header
 from .models.flux import FluxConfig
 from .pipeline import KontextPipeline
 from .plan import Plan, gigabytes
+from .quantize import Scheme
 from .weights.formats import PARTS
 from .weights.lora_names import fit, looks_like_adapter, spell
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the four networks: stored tensors, parameters, bytes on disk and the dtypes they are stored in."""
+    """One of the four networks: stored tensors, parameters, bytes on disk and the dtypes they are stored in.
+
+    loaded: bytes in memory, once quantized if it is to be; bits: how many weights have so many bits, of quantized layers.
+    """
 
     name: str
     tensors: int
     parameters: int
     bytes: int
     dtypes: dict[str, int]
+    loaded: int
+    bits: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Inspection:
 
     folder: str
     format: str
+    quantization: str | None
     parts: dict[str, Part]
     dtype: str
     width: int
@@ -45,7 +52,7 @@ class Inspection:
         return {
             "folder": self.folder,
             "format": self.format,
-            "quantization": None,
+            "quantization": self.quantization,
             "parts": {name: vars(part) for name, part in self.parts.items()},
             "parameters": sum(part.parameters for part in self.parts.values()),
             "edit": {"width": self.width, "height": self.height, "dtype": self.dtype},
@@ -61,12 +68,15 @@ class Inspection:
     def page(self) -> str:
         """The same for people."""
         plan = self.plan
-        lines = [f"{self.folder}", f"format        {self.format}", "quantization  none", ""]
+        lines = [f"{self.folder}", f"format        {self.format}", f"quantization  {self.quantization or 'none'}", ""]
         for part in self.parts.values():
             dtypes = " ".join(part.dtypes)
             lines.append(
                 f"{part.name:18} {part.parameters:>15,} parameters {part.tensors:5} tensors {gigabytes(part.bytes):>9}  {dtypes}"
             )
+            if part.bits:
+                counts = ", ".join(f"{count:,} at {bits} bits" for bits, count in part.bits.items())
+                lines.append(f"{'':18} {counts}; {gigabytes(part.loaded)} in memory")
         lines += [
             "",
             f"an edit at {self.width}x{self.height} in {self.dtype} needs about, by phase:",
@@ -137,28 +147,39 @@ def inspect_adapter(path: str) -> AdapterInspection:
     )
 
 
-def inspect_model(model: str, dtype: str | None = None) -> Inspection:
-    """Read a model's JSON files and safetensors headers. Raises ModelNotFound or CheckpointError."""
-    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True)
+def inspect_model(model: str, dtype: str | None = None, quantize: str | int | Scheme | None = None) -> Inspection:
+    """Read a model's JSON files and safetensors headers; with `quantize`, count as if it were quantized so.
+
+    Raises ModelNotFound, CheckpointError, and RequestError for a scheme there is not.
+    """
+    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, quantize=quantize)
+    width, height = min(pipe.sizes, key=lambda size: abs(size[0] / size[1] - 1))
+    plan = pipe.plan(width, height, (width, height), None)
     parts = {}
     for part, name in PARTS.items():
         headers = pipe.checkpoint.headers(part).values()
+        layers, shapes = pipe.checkpoint.quantization[part].layers, pipe.checkpoint.plain_shapes(part)
+        bits: Counter[int] = Counter()
+        for path, packing in layers.items():
+            bits[packing.bits] += prod(shapes[f"{path}.weight"])
         parts[part] = Part(
             name=name,
             tensors=len(headers),
-            parameters=sum(prod(info.shape) for info in headers),
+            parameters=sum(prod(shape) for shape in shapes.values()),
             bytes=sum(info.nbytes for info in headers),
             dtypes=dict(Counter(info.dtype for info in headers).most_common()),
+            loaded=plan.weights[part],
+            bits=dict(sorted(bits.items())),
         )
-    width, height = min(pipe.sizes, key=lambda size: abs(size[0] / size[1] - 1))
     return Inspection(
         folder=str(find_model(model, local_files_only=True)),
         format=pipe.checkpoint.format.name,
+        quantization=pipe.quantization,
         parts=parts,
         dtype=str(pipe.dtype).removeprefix("mlx.core."),
         width=width,
         height=height,
-        plan=pipe.plan(width, height, (width, height), None),
+        plan=plan,
     )
 
 

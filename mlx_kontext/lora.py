@@ -18,6 +18,7 @@ from .edit import Lora
 from .errors import AdapterError, CheckpointError
 from .hub import local_path
 from .models.flux import Flux, FluxConfig
+from .models.quantized import QuantizedLinear
 from .weights.formats import Tensors
 from .weights.header import Header, read_header
 from .weights.lora_names import Pair, fit, spell
@@ -226,11 +227,11 @@ class AdaptedLinear(_Adapted, nn.Linear):
     """nn.Linear with a side branch."""
 
 
-class AdaptedQuantizedLinear(_Adapted, nn.QuantizedLinear):
-    """nn.QuantizedLinear with a side branch in full precision."""
+class AdaptedQuantizedLinear(_Adapted, QuantizedLinear):
+    """QuantizedLinear with a side branch in full precision."""
 
 
-_ADAPTED: dict[type, type] = {nn.Linear: AdaptedLinear, nn.QuantizedLinear: AdaptedQuantizedLinear}
+_ADAPTED: dict[type, type] = {nn.Linear: AdaptedLinear, QuantizedLinear: AdaptedQuantizedLinear}
 
 
 def attach(flux: Flux, adapters: Adapters) -> None:

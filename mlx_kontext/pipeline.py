@@ -24,7 +24,8 @@ from .lora import Adapters, LoraFiles, attach
 from .models.flux import Flux, Modulation
 from .models.vae import AutoEncoder
 from .photo import read_photo
-from .plan import Plan, gigabytes, plan, weight_bytes
+from .plan import Plan, gigabytes, plan, unpacked_bytes, weight_bytes
+from .quantize import Scheme, told
 from .sampling import euler, schedule
 from .text import Conditioning, TextEncoders
 from .weights.load import Checkpoint
@@ -64,6 +65,8 @@ class KontextPipeline:
         self._schedule = checkpoint.schedule_config()
         self._flux_config, self._vae_config = checkpoint.config("transformer"), checkpoint.config("vae")
         self._weights = weight_bytes(checkpoint, self.dtype)  # reads every header, so damage shows before work starts
+        self._unpacked = unpacked_bytes(checkpoint, self.dtype)
+        self.quantization = told(checkpoint.quantization, checkpoint.scheme, checkpoint.index.get("quantization"))
         self._parts: dict[str, Any] = {}
         self._loras = LoraFiles(self._flux_config, self.dtype)
         self._attached: Adapters = ()
@@ -79,18 +82,22 @@ class KontextPipeline:
         local_files_only: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
+        quantize: str | int | Scheme | None = None,
     ) -> KontextPipeline:
         """Open "demo", a folder (diffusers' layout or our own) or a hub id. Weights are read when they are first needed.
 
         dtype: "float32", "float16" or "bfloat16"; by default bfloat16 on Metal and CUDA, float32 on CPU.
+        quantize: pack weights as they are loaded, "q8", "q6", "q4m", "q4", a number of bits, or a Scheme; about one layer
+        more than the packed model is in memory meanwhile. RequestError for other words and for a model quantized already.
         Raises ModelNotFound (missing, gated, offline) or CheckpointError (damaged, incomplete, another model).
         """
         folder = find_model(model, local_files_only=local_files_only, revision=revision, token=token)
         is_path = os.fspath(model) != "demo" and local_path(os.fspath(model)) is not None
-        return cls(Checkpoint.open(folder), dtype=dtype, name=folder.resolve().name if is_path else os.fspath(model))
+        checkpoint = Checkpoint.open(folder, Scheme.of(quantize))
+        return cls(checkpoint, dtype=dtype, name=folder.resolve().name if is_path else os.fspath(model))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model as our own folder, at its stored precision. Raises RequestError if `folder` is not empty."""
+        """Write the model as our own folder, as stored or as `quantize` says. Raises RequestError if `folder` is not empty."""
         save_checkpoint(self.checkpoint, Path(folder))
 
     @property
@@ -132,7 +139,7 @@ class KontextPipeline:
         """One edit: the picture, the prompt, the schedule, the loop, the picture."""
         self._check_thread()  # again, now that the first step is asked for
         started = time.perf_counter()
-        notices: list[str] = []
+        notices = [note for chosen in self.checkpoint.quantization.values() for note in chosen.notes]
         photo = self._photo(request, notices)
         width, height = self._size(request, photo)
         reference_size = self._reference_size(request, photo) if photo else None
@@ -223,6 +230,7 @@ class KontextPipeline:
             self.dtype,
             tokens=tokens + (text_tokens or self.defaults.max_sequence_length),
             pixels=max(w * h for w, h in sizes),
+            unpacked=self._unpacked,
         )
 
     # --- the chapters of the story, in order ---
@@ -378,6 +386,7 @@ class KontextPipeline:
                 "name": self.name,
                 "transformer": self.checkpoint.identity["transformer"],
                 "dtype": str(self.dtype).removeprefix("mlx.core."),
+                **({"quantization": self.quantization} if self.quantization else {}),
             },
             latents=np.array(x),
             notices=notices,

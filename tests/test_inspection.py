@@ -83,3 +83,17 @@ def test_sixteen_bits_halve_the_memory(full_size: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(planning, "accelerator", lambda: "metal")
     half, whole = (inspect_model(str(full_size), dtype).plan for dtype in ("bfloat16", "float32"))
     assert 1.8 < whole.denoise / half.denoise < 2.05
+
+
+@pytest.mark.parametrize(
+    ("scheme", "transformer", "peak"),
+    [("q8", 12_708_227_200, "16.3 GB"), ("q6", 10_556_549_248, "14.1 GB"), ("q4m", 9_196_415_104, "12.8 GB")],
+)
+def test_what_quantizing_would_save(
+    full_size: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, transformer: int, peak: str
+) -> None:
+    """Text encoders and transformer taking turns; 27.4 GB unquantized."""
+    monkeypatch.setattr(planning, "memory_budget", lambda: int(15e9))
+    monkeypatch.setattr(planning, "accelerator", lambda: "metal")
+    plan = inspect_model(str(full_size), "bfloat16", scheme).plan
+    assert (plan.weights["transformer"], gigabytes(plan.peak), plan.fits) == (transformer, peak, scheme != "q8")

@@ -21,7 +21,9 @@ from mlx_kontext.backend import mx, nn, tree_flatten
 from mlx_kontext.inspection import inspect_adapter, is_adapter
 from mlx_kontext.lora import Adapter, attach, delta, detach, fuse, read_adapter
 from mlx_kontext.models.flux import Flux
-from mlx_kontext.weights.load import fill
+from mlx_kontext.models.quantized import QuantizedLinear
+from mlx_kontext.quantize import Scheme
+from mlx_kontext.weights.load import Checkpoint, fill
 
 SHAPE = SHAPES["spec"]
 RANK, ALPHA = 4, 2.0
@@ -346,10 +348,11 @@ def test_fused_equals_attached(pipe: KontextPipeline, peft_file: Path) -> None:
 
 def test_over_8_bits_the_error_is_that_of_8_bits(pipe: KontextPipeline, peft_file: Path) -> None:
     adapters = [(read(peft_file, pipe), 0.3)]
-    whole, eight = model(pipe), model(pipe)
-    nn.quantize(eight, group_size=64, bits=8)
+    packed = Checkpoint.open(pipe.checkpoint.folder, Scheme.of(8))
+    whole, eight = model(pipe), packed.model("transformer", mx.float32)
+    assert any(isinstance(layer, QuantizedLinear) for layer in eight.modules())
     names = [name for name, _ in tree_flatten(eight.parameters())]
-    restored = fuse({f"{name}.weight": restore(layer) for name, layer in linears(eight).items()}, adapters)
+    restored = fuse(weights(eight), adapters)
     without, plain = rms(velocity(eight), velocity(whole)), velocity(eight)
     attach(whole, adapters)
     attach(eight, adapters)
@@ -366,13 +369,13 @@ def test_over_8_bits_the_error_is_that_of_8_bits(pipe: KontextPipeline, peft_fil
     assert not any(hasattr(layer, "side") for layer in eight.modules())
 
 
-def linears(flux: Flux) -> dict[str, nn.QuantizedLinear]:
-    return {name: layer for name, layer in flux.named_modules() if isinstance(layer, nn.QuantizedLinear)}
-
-
-def restore(layer: nn.QuantizedLinear) -> mx.array:
-    """The weights that 8 bits stand for, in fp32."""
-    return mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=64, bits=8)
+def weights(flux: Flux) -> dict[str, mx.array]:
+    """Matrices of every linear layer, those in 8 bits as what they stand for, in fp32."""
+    layers = {name: layer for name, layer in flux.named_modules() if isinstance(layer, nn.Linear | QuantizedLinear)}
+    return {
+        f"{name}.weight": layer.unpacked() if isinstance(layer, QuantizedLinear) else layer.weight
+        for name, layer in layers.items()
+    }
 
 
 def rms(found: np.ndarray, expected: np.ndarray) -> float:

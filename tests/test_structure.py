@@ -18,7 +18,7 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 LAYERS = [
     {"cli", "cli_models", "__main__", "doctor", "inspection"},
     {"pipeline"},
-    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora"}
+    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
     | {"hub", "hub_errors", "cached", "card"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},

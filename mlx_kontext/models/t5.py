@@ -111,7 +111,8 @@ class T5Encoder(nn.Module):
         self.encoder = Stack(config)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        x = self.shared(ids)
+        # a quantized table gives rows in the dtype of its scales
+        x = self.shared(ids).astype(self.encoder.final_layer_norm.weight.dtype)
         buckets = mx.array(relative_buckets(ids.shape[1], self.config))
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         bias = table(buckets).transpose(2, 0, 1)[None]  # [1, heads, L, L]

@@ -6,6 +6,7 @@ No file reaches MLX before the header gate: a crafted safetensors file can crash
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,14 +15,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..backend import mx, nn, tree_flatten
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from ..models.clip import CLIPConfig, CLIPText
 from ..models.flux import Flux, FluxConfig
+from ..models.quantized import Packed, Packing, quantize_layers
 from ..models.t5 import T5Config, T5Encoder
 from ..models.vae import AutoEncoder, VAEConfig
+from ..quantize import Chosen, Scheme, choose, from_block, unpacked_shapes
 from ..sampling import ScheduleConfig
 from .formats import FORMATS, PARTS, Format, Tensors
 from .header import TensorInfo, read_header, read_index
+from .pack import quantize_tensors
 
 MODELS: dict[str, tuple[Any, Any]] = {
     "transformer": (FluxConfig, Flux),
@@ -31,19 +35,25 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 _BASES = ("model", "diffusion_pytorch_model")
 _READABLE = ("F32", "F16", "BF16")
+_PACKED = {"weight": "U32", "scales": "U8"}  # of a quantized layer; fp modes have scales of one byte
+_CODES = (mx.uint32, mx.uint8)  # never cast: packed weights, and the scales of fp modes
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder of a known format; nothing but its JSON files has been read."""
+    """A model folder of a known format; nothing but its JSON files has been read.
+
+    scheme: quantize while loading or saving; None leaves the weights as they are stored, quantized or not.
+    """
 
     folder: Path
     format: Format
     index: dict[str, Any]
+    scheme: Scheme | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, scheme: Scheme | None = None) -> "Checkpoint":
         """Raises CheckpointError if the folder is of no format we read."""
         if not (folder / "model_index.json").is_file():
             raise CheckpointError(
@@ -52,7 +62,7 @@ class Checkpoint:
         index = read_json(folder / "model_index.json")
         for form in FORMATS:
             if form.matches(index):
-                return cls(folder, form, index)
+                return cls(folder, form, index, scheme)
         raise CheckpointError(
             f"{folder} holds a {index.get('_class_name', 'model of no named class')}; expected FluxKontextPipeline "
             "(FLUX.1 Kontext [dev]) or our own KontextPipeline"
@@ -83,15 +93,21 @@ class Checkpoint:
     def headers(self, part: str) -> dict[str, TensorInfo]:
         """Name, shape and dtype of every stored tensor of one part, from the headers alone."""
         tensors: dict[str, TensorInfo] = {}
+        odd: dict[str, Path] = {}
         for path in self.files(part):
             for name, info in read_header(path).tensors.items():
                 if name in tensors:
                     raise CheckpointError(f"{path}: {name} is in another shard too; download the model again")
                 if info.dtype not in _READABLE:
-                    raise CheckpointError(
-                        f"{path}: {name} is {info.dtype}; this version reads {', '.join(_READABLE)}, take the unquantized model"
-                    )
+                    odd[name] = path
                 tensors[name] = info
+        for name, path in odd.items():
+            module, _, suffix = name.rpartition(".")
+            if f"{module}.scales" not in tensors or _PACKED.get(suffix) != tensors[name].dtype:
+                raise CheckpointError(
+                    f"{path}: {name} is {tensors[name].dtype}; this version reads {', '.join(_READABLE)}, "
+                    "take the unquantized model"
+                )
         return tensors
 
     def tensors(self, part: str) -> Tensors:
@@ -108,10 +124,47 @@ class Checkpoint:
                 "download the model again"
             ) from None
 
+    @cached_property
+    def quantization(self) -> dict[str, Chosen]:
+        """Part -> its quantized layers, as they are stored or as the scheme chooses; from headers and JSON alone.
+
+        Raises RequestError for a scheme on a model that is quantized already: packing twice would only lose more.
+        """
+        return {part: self._quantization(part) for part in PARTS}
+
+    def _quantization(self, part: str) -> Chosen:
+        scaled = any(name.endswith(".scales") for name in self.headers(part))
+        if not scaled and self.scheme is None:
+            return Chosen()
+        shapes = self.shapes(part)
+        if scaled:
+            if self.scheme is not None:
+                raise RequestError(
+                    f"{self.folder} is quantized already; open it without quantize, or quantize the original model"
+                )
+            file = self.folder / part / "config.json"
+            paths = [name.removesuffix(".scales") for name in shapes if name.endswith(".scales")]
+            return Chosen(from_block(read_json(file).get("quantization"), paths, str(file)))
+        assert self.scheme is not None
+        return choose(self.scheme, part, self.config(part), shapes)
+
+    def shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor as it is stored."""
+        return {name: tuple(value.shape) for name, value in self.tensors(part).items()}
+
+    def plain_shapes(self, part: str) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor as if nothing were quantized."""
+        shapes = self.shapes(part)
+        return shapes if self.scheme else unpacked_shapes(shapes, self.quantization[part].layers)
+
     def model(self, part: str, dtype: mx.Dtype) -> nn.Module:
-        """The model of one part with its weights, lazily, in `dtype`."""
-        model = MODELS[part][1](self.config(part))
-        fill(model, self.tensors(part), dtype, f"{self.folder / part}")
+        """The model of one part with its weights in `dtype`, lazily; what the scheme quantizes is packed here."""
+        model, tensors, where = MODELS[part][1](self.config(part)), self.tensors(part), f"{self.folder / part}"
+        layers = self.quantization[part].layers
+        if self.scheme:
+            check_shapes(model, tensors, where)  # before the minutes that packing takes
+            quantize_tensors(tensors, layers)
+        fill(model, tensors, dtype, where, layers)
         return model
 
     @cached_property
@@ -134,8 +187,49 @@ class Checkpoint:
         return hashes
 
 
-def fill(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, where: str) -> None:
-    """Put tensors into a model, cast lazily. Raises CheckpointError listing what is missing, unexpected or misshaped."""
+def fill(
+    model: nn.Module, tensors: Tensors, dtype: mx.Dtype, where: str, layers: Mapping[str, Packing] | None = None
+) -> None:
+    """Put tensors into a model, cast lazily; `layers` are packed: `weight`, `scales`, and `biases` in affine mode.
+
+    Scales keep their own dtype, except that in fp32 all is fp32: unpacking in 16 bits would round again.
+    Raises CheckpointError listing what is missing, unexpected or misshaped, and for packed tensors that cannot be such.
+    """
+    if layers:
+        quantize_layers(model, layers)
+    check_shapes(model, tensors, where)
+    whole = set()
+    for path, layer in model.named_modules() if layers else ():
+        if isinstance(layer, Packed):
+            whole |= check_packed(path, layer, tensors, where)
+    model.load_weights(
+        [
+            (
+                name,
+                value if name in whole and (value.dtype in _CODES or dtype != mx.float32) else value.astype(dtype),
+            )
+            for name, value in tensors.items()
+        ]
+    )
+    model.eval()
+
+
+def check_packed(path: str, layer: Packed, tensors: Tensors, where: str) -> set[str]:
+    """Names of a packed layer's tensors. Raises CheckpointError for dtypes that do not fit, or scales that are not finite."""
+    names = {suffix: f"{path}.{suffix}" for suffix in ("weight", "scales", "biases") if suffix in layer}
+    for suffix, name in names.items():
+        found, packed = tensors[name].dtype, layer[suffix].dtype
+        if found != packed and not (packed == mx.float16 and found in (mx.float16, mx.bfloat16, mx.float32)):
+            raise CheckpointError(
+                f"{where}: {name} is {_word(found)}; a layer of {layer.bits} bits in mode {layer.mode} has {_word(packed)} there"
+            )
+        if packed == mx.float16 and not mx.isfinite(tensors[name]).all().item():
+            raise CheckpointError(f"{where}: {name} holds numbers that are not finite; download the model again")
+    return set(names.values())
+
+
+def check_shapes(model: nn.Module, tensors: Tensors, where: str) -> None:
+    """Raises CheckpointError listing tensors that a model misses, does not know, or has in another shape."""
     expected = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
     problems = {
         "missing": [name for name in expected if name not in tensors],
@@ -149,8 +243,6 @@ def fill(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, where: str) -> Non
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names)
         raise CheckpointError(f"{where}: tensors do not fit config.json: {told}; is this the whole, right model?")
-    model.load_weights([(name, value.astype(dtype)) for name, value in tensors.items()])
-    model.eval()
 
 
 def from_json(config: type[_T], path: Path) -> _T:
@@ -199,6 +291,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds a {type(values).__name__}; expected a JSON object")
     return values
+
+
+def _word(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def _some(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,27 @@ from .. import __version__
 from ..backend import mx
 from ..disk import explain, replace_atomic, write_atomic
 from ..errors import RequestError, ResourceError
+from ..models.quantized import Packing
+from ..quantize import packed_sizes, to_block
 from .formats import PARTS, Tensors
-from .load import Checkpoint
+from .load import Checkpoint, read_json
+from .pack import Taker
 
 _SHARD_BYTES = 10**9
-_KEPT = ("resolutions", "defaults")  # of model_index.json
+_KEPT = ("resolutions", "defaults", "quantization")  # of model_index.json
 _CARD = """---
 library_name: mlx
 ---
 # {name}
 
-Weights for mlx_kontext {version}, rewritten from a {format} without a change of
-precision. The weights keep the licence of the model they come from; for FLUX.1 Kontext [dev] that is the FLUX.1 [dev]
+Weights for mlx_kontext {version}, rewritten from a {format} {how}.
+The weights keep the licence of the model they come from; for FLUX.1 Kontext [dev] that is the FLUX.1 [dev]
 Non-Commercial License, which asks for content filters or a manual review of what the model makes.
 """
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write `checkpoint` to `folder` in canonical names at its stored precision, one shard in memory at a time.
+    """Write `checkpoint` to `folder` in canonical names, as it is stored or by its scheme, one shard in memory at a time.
 
     `model_index.json` comes last: a folder without it is not a model, so an interrupted save is never taken for one.
     Raises RequestError if the folder exists and is not empty, ResourceError on a full disk.
@@ -44,34 +47,44 @@ def _save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part in PARTS:
         (folder / part).mkdir()
-        shutil.copyfile(checkpoint.folder / part / "config.json", folder / part / "config.json")
-        save_tensors(checkpoint.tensors(part), folder / part)
+        layers = checkpoint.quantization[part].layers if checkpoint.scheme else {}
+        config = read_json(checkpoint.folder / part / "config.json")
+        write_json(folder / part / "config.json", config | ({"quantization": to_block(layers)} if layers else {}))
+        save_tensors(checkpoint.tensors(part), folder / part, layers)
     for name in ("tokenizer", "tokenizer_2", "scheduler"):
         shutil.copytree(checkpoint.folder / name, folder / name)
     texts = [path for path in (*checkpoint.folder.glob("*.md"), checkpoint.folder / "NOTICE.txt") if path.is_file()]
     for path in texts:
         shutil.copyfile(path, folder / path.name)
     if not (folder / "README.md").exists():
-        card = _CARD.format(name=folder.name, version=__version__, format=checkpoint.format.name)
+        how = f"quantized as {checkpoint.scheme.name}" if checkpoint.scheme else "without a change of precision"
+        card = _CARD.format(name=folder.name, version=__version__, format=checkpoint.format.name, how=how)
         write_atomic(folder / "README.md", card.encode(), overwrite=False)
-    index = {"_class_name": "KontextPipeline", "library": "mlx_kontext", "version": __version__}
-    write_json(
-        folder / "model_index.json", index | {key: checkpoint.index[key] for key in _KEPT if key in checkpoint.index}
-    )
+    index: dict[str, Any] = {"_class_name": "KontextPipeline", "library": "mlx_kontext", "version": __version__}
+    index |= {key: checkpoint.index[key] for key in _KEPT if key in checkpoint.index}
+    if checkpoint.scheme:
+        index["quantization"] = checkpoint.scheme.name  # for people; what counts is each part's config.json
+    write_json(folder / "model_index.json", index)
 
 
-def save_tensors(tensors: Tensors, folder: Path) -> None:
+def save_tensors(tensors: Tensors, folder: Path, layers: Mapping[str, Packing] | None = None) -> None:
     """Write `model.safetensors`, or shards of at most 1 GB with an index; modulation lies in shards of its own.
 
     The runtime reads modulation once per prompt and schedule, so it must be possible to leave it on disk. Takes the
-    tensors out of the dictionary as it writes them, so that one shard is in memory at a time.
+    tensors out of the dictionary as it writes them, so that one shard is in memory at a time; `layers` are packed then.
     """
-    shards = list(_shards({name: value.nbytes for name, value in tensors.items()}))
+    layers = layers or {}
+    sizes = {
+        name: size
+        for key, value in tensors.items()
+        for name, size in packed_sizes({key: value.shape}, layers, value.itemsize)
+    }
+    shards, total = list(_shards(sizes)), sum(sizes.values())
+    take = Taker(tensors, layers)
     where: dict[str, str] = {}
-    total = sum(value.nbytes for value in tensors.values())
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard = {name: tensors.pop(name) for name in names}
+        shard = {name: take(name) for name in names}
 
         def write(temporary: Path, shard: Tensors = shard) -> None:
             try:
@@ -82,8 +95,8 @@ def save_tensors(tensors: Tensors, folder: Path) -> None:
         replace_atomic(folder / file, write, overwrite=False)
         where |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        write_json(folder / "model.safetensors.index.json", index)
+        shard_index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        write_json(folder / "model.safetensors.index.json", shard_index)
 
 
 def is_modulation(name: str) -> bool:
