@@ -67,12 +67,12 @@ def test_closing_the_stream_cancels(pipe: KontextPipeline) -> None:
 
 
 def test_latents_stand_in_for_the_seed(pipe: KontextPipeline) -> None:
-    drawn = pack(noise(9, 8, 8, 16))
+    drawn = pack(noise(9, 12, 12, 16))
     seeded = pipe(image=SAMPLE, prompt=PROMPT, seed=9)
     for latents in (drawn, mx.array(drawn)):
         assert np.array_equal(pipe(image=SAMPLE, prompt=PROMPT, latents=latents).image, seeded.image)
     for wrong in (drawn[:, :3], drawn[0], np.full_like(drawn, np.nan)):
-        with pytest.raises(RequestError, match=r"expected finite packed noise of shape \(1, 16, 64\)"):
+        with pytest.raises(RequestError, match=r"expected finite packed noise of shape \(1, 36, 64\)"):
             pipe(image=SAMPLE, prompt=PROMPT, latents=wrong)
 
 
@@ -129,7 +129,7 @@ def test_true_cfg_changes_the_picture_and_scale_one_is_refused(pipe: KontextPipe
 
 def test_a_long_prompt_is_cut_and_told(pipe: KontextPipeline) -> None:
     result = pipe(image=SAMPLE, prompt="make the circle green " * 2500, num_inference_steps=1)
-    assert any("T5 tokens and the model reads 32: its end is cut off" in notice for notice in result.notices)
+    assert any("T5 tokens and the model reads 24: its end is cut off" in notice for notice in result.notices)
 
 
 @pytest.mark.parametrize("number", [np.float32, np.float64, int])
@@ -142,7 +142,7 @@ def test_numbers_of_any_kind_do(number: type) -> None:
         "negative_prompt": "x",
         "num_inference_steps": 1,
     }
-    noise_bf16 = mx.random.normal((1, 16, 64)).astype(mx.bfloat16)
+    noise_bf16 = mx.random.normal((1, 36, 64)).astype(mx.bfloat16)
     assert half(image=SAMPLE, prompt=PROMPT, latents=noise_bf16, **options).request.guidance_scale == 2.0
 
 
