@@ -1,4 +1,4 @@
-"""The demo model carries out instructions: a fixed hundred or so here, thousands in `assets/demo/evaluate.py`."""
+"""The demo model carries out instructions: a fixed hundred here, thousands in `assets/demo/evaluate.py`."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -41,13 +41,13 @@ def exact(edit: Edit) -> dict[str, int | bool]:
 
 def test_every_operation_and_colour(pipe: KontextPipeline) -> None:
     share, untouched, table = carry_out(pipe, edits(50, seed=2))
-    assert share >= 0.96, table
-    assert untouched >= 32, untouched
+    assert share >= 0.98, table
+    assert untouched >= 34, untouched
 
 
 def test_capitals_and_full_length(pipe: KontextPipeline) -> None:
     shouted = [replace(edit, prompt=edit.prompt.upper() + "!") for edit in edits(10, seed=3, grids=[(2, 3)])]
-    assert carry_out(pipe, shouted)[0] >= 0.9
+    assert carry_out(pipe, shouted)[0] == 1
     share, _, table = carry_out(pipe, edits(5, seed=4, grids=[(2, 2)]), max_sequence_length=512)
     assert share >= 0.8, table
 
@@ -80,7 +80,7 @@ def test_a_chain_of_five_keeps_its_shapes(pipe: KontextPipeline) -> None:
 
 
 @pytest.mark.slow
-def test_three_hundred_edits_at_28_steps(pipe: KontextPipeline) -> None:
-    share, untouched, table = carry_out(pipe, edits(300, seed=1), num_inference_steps=28)
-    print(table)
-    assert share >= 0.96 and untouched >= 32, table
+def test_fifty_edits_at_28_steps(pipe: KontextPipeline) -> None:
+    """One of each operation and colour, on the largest grid."""
+    share, untouched, table = carry_out(pipe, edits(50, seed=1, grids=[(3, 3)]), num_inference_steps=28)
+    assert share >= 0.98 and untouched >= 34, table
