@@ -52,6 +52,11 @@ def can_repack(tensor: GGUFTensor) -> bool:
     return tensor.type in _AFFINE and len(tensor.shape) == 2
 
 
+def code_bits(tensor: GGUFTensor) -> int:
+    """Bits of a code of a tensor that `can_repack` says yes to."""
+    return _AFFINE[tensor.type][0]
+
+
 def repack(tensor: GGUFTensor, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array, int, int]:
     """A matrix [N, K] as MLX holds a quantized one, evaluated: weight [N, K * bits / 32] uint32, scales and biases
     [N, K / 32] of `dtype`, the group size (32) and the bits (4, 5 or 8).

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,11 +33,12 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor; `dtype` is safetensors' word for it: F32, BF16, U32, F8_E4M3, ..."""
+    """One stored tensor; `dtype` is safetensors' word for it: F32, BF16, U32, F8_E4M3, ...; begin: its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _header(raw: bytes, data: int) -> Header:
         raise ValueError(f"the file is cut short: {data:,} bytes of tensors, expected {end:,}")
     if end < data:
         raise ValueError(f"the file has {data - end:,} bytes too many; expected {end:,} bytes of tensors")
-    return Header({name: info for name, (_, info) in found.items()}, metadata)
+    start = 8 + len(raw)
+    return Header({name: replace(info, begin=start + begin) for name, (begin, info) in found.items()}, metadata)
 
 
 def _tensor(name: str, entry: Any) -> tuple[int, TensorInfo]:
