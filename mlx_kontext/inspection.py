@@ -2,10 +2,8 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-from .hub import find_model
 from .pipeline import KontextPipeline
 from .plan import Plan, gigabytes
 from .weights.formats import PARTS
@@ -70,22 +68,25 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect_model(model: str, dtype: str | None = None) -> Inspection:
-    """Read a model's JSON files and safetensors headers. Raises ModelNotFound or CheckpointError."""
-    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True)
+def inspect_model(model: str, dtype: str | None = None, **sources: str | None) -> Inspection:
+    """Read a model's JSON files and headers. sources: parts from elsewhere, as in `KontextPipeline.from_pretrained`.
+
+    Raises ModelNotFound or CheckpointError.
+    """
+    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, **sources)  # type: ignore[arg-type]
     parts = {}
     for part, name in PARTS.items():
         headers = pipe.checkpoint.headers(part).values()
         parts[part] = Part(
             name=name,
             tensors=len(headers),
-            parameters=sum(prod(info.shape) for info in headers),
+            parameters=pipe.checkpoint.parameters(part),
             bytes=sum(info.nbytes for info in headers),
             dtypes=dict(Counter(info.dtype for info in headers).most_common()),
         )
     width, height = min(pipe.sizes, key=lambda size: abs(size[0] / size[1] - 1))
     return Inspection(
-        folder=str(find_model(model, local_files_only=True)),
+        folder=str(pipe.checkpoint.folder),
         format=pipe.checkpoint.format.name,
         parts=parts,
         dtype=str(pipe.dtype).removeprefix("mlx.core."),

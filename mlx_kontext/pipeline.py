@@ -17,7 +17,7 @@ from PIL import Image
 
 from .backend import compute_dtype, mx, part_dtype
 from .edit import EditRequest, EditResult, Step, pixels_sha256
-from .errors import CheckpointError, KontextError, RequestError
+from .errors import CheckpointError, KontextError, ModelNotFound, RequestError
 from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
 from .models.flux import Flux, Modulation
@@ -25,7 +25,8 @@ from .models.vae import AutoEncoder
 from .photo import read_photo
 from .plan import Plan, gigabytes, plan, weight_bytes
 from .sampling import euler, schedule
-from .text import Conditioning, TextEncoders
+from .text import Conditioning, TextEncoders, clip_tokenizer, t5_tokenizer
+from .weights.assemble import PARTS, assemble
 from .weights.load import Checkpoint
 from .weights.save import save_checkpoint
 
@@ -64,7 +65,10 @@ class KontextPipeline:
         self._flux_config, self._vae_config = checkpoint.config("transformer"), checkpoint.config("vae")
         self._weights = weight_bytes(checkpoint, self.dtype)  # reads every header, so damage shows before work starts
         self._parts: dict[str, Any] = {}
-        self.text = TextEncoders(checkpoint.folder, self._part, self.dtype)
+        vocabulary = checkpoint.t5_vocabulary()
+        t5 = checkpoint.where("text_encoder_2") if vocabulary else checkpoint.tokenizer("tokenizer_2")
+        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"))
+        self.text = TextEncoders(clip_ids, t5_tokenizer(t5, vocabulary), self._part, self.dtype)
         self._thread = threading.get_ident()
 
     @classmethod
@@ -72,19 +76,42 @@ class KontextPipeline:
         cls,
         model: str | os.PathLike[str] = "black-forest-labs/FLUX.1-Kontext-dev",
         *,
+        transformer: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        text_encoder_2: str | os.PathLike[str] | None = None,
+        tokenizers: str | os.PathLike[str] | None = None,
+        config: str | os.PathLike[str] | None = None,
         dtype: str | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> KontextPipeline:
-        """Open "demo", a folder (diffusers' layout or our own) or a hub id. Weights are read when they are first needed.
+        """Open "demo", a folder, a single file or a hub id. Weights are read when they are first needed.
 
+        transformer, vae, text_encoder (CLIP), text_encoder_2 (T5): a file or folder for that part alone, in place of the
+        model's; with all four, no model is needed. Safetensors under diffusers', BFL's, ComfyUI's or mflux' names, plain,
+        fp8 or quantized by MLX; GGUF for transformer and T5.
+        tokenizers: a folder with tokenizer/ and tokenizer_2/. config: one with config.json files in diffusers' folders, for
+        models of other sizes than FLUX.1's; without it sizes are read from the tensors.
         dtype: "float32", "float16" or "bfloat16"; by default bfloat16 on Metal and CUDA, float32 on CPU.
         Raises ModelNotFound (missing, gated, offline) or CheckpointError (damaged, incomplete, another model).
         """
-        folder = find_model(model, local_files_only=local_files_only, revision=revision, token=token)
-        is_path = os.fspath(model) != "demo" and local_path(os.fspath(model)) is not None
-        return cls(Checkpoint.open(folder), dtype=dtype, name=folder.resolve().name if is_path else os.fspath(model))
+        given = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        parts = {part: _existing(path, part) for part, path in given.items() if path is not None}
+        folders = [
+            _existing(path, word) if path else None for path, word in ((tokenizers, "tokenizers"), (config, "config"))
+        ]
+        if len(parts) == len(PARTS):  # nothing of a model is needed
+            checkpoint = assemble(None, parts, *folders)
+            return cls(checkpoint, dtype=dtype, name=parts["transformer"].name)
+        path = None if os.fspath(model) == "demo" else local_path(os.fspath(model))
+        if path is None or path.is_dir():
+            found = find_model(model, local_files_only=local_files_only, revision=revision, token=token)
+        else:
+            found = path
+        name = os.fspath(model) if path is None else found.resolve().name
+        return cls(assemble(found, parts, *folders), dtype=dtype, name=name)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as our own folder, at its stored precision. Raises RequestError if `folder` is not empty."""
@@ -130,7 +157,7 @@ class KontextPipeline:
         """One edit: the picture, the prompt, the schedule, the loop, the picture."""
         self._check_thread()  # again, now that the first step is asked for
         started = time.perf_counter()
-        notices: list[str] = []
+        notices: list[str] = list(self.checkpoint.notices)
         photo = self._photo(request, notices)
         width, height = self._size(request, photo)
         reference_size = self._reference_size(request, photo) if photo else None
@@ -374,6 +401,13 @@ class KontextPipeline:
         for part in parts:
             self._parts.pop(part, None)
         mx.clear_cache()
+
+
+def _existing(path: str | os.PathLike[str], word: str) -> Path:
+    found = local_path(os.fspath(path))
+    if found is None:
+        raise ModelNotFound(f"{word} is {os.fspath(path)[:200]!r} and there is no such file or folder; check the path")
+    return found
 
 
 def _plain(latents: Any) -> np.ndarray | None:

@@ -1,7 +1,6 @@
 """How much memory a run takes on this machine, counted from headers before anything is loaded."""
 
 from dataclasses import dataclass
-from math import prod
 
 from .backend import accelerator, memory_budget, mx, part_dtype, physical_memory
 from .errors import ResourceError
@@ -48,10 +47,7 @@ class Plan:
 
 def weight_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, int]:
     """Bytes of each part once loaded for computing in `dtype`."""
-    return {
-        part: sum(prod(info.shape) for info in checkpoint.headers(part).values()) * part_dtype(part, dtype).size
-        for part in PARTS
-    }
+    return {part: checkpoint.loaded_bytes(part, part_dtype(part, dtype).size) for part in PARTS}
 
 
 def plan(

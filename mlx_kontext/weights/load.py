@@ -6,8 +6,10 @@ No file reaches MLX before the header gate: a crafted safetensors file can crash
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,16 +33,21 @@ MODELS: dict[str, tuple[Any, Any]] = {
 }
 _BASES = ("model", "diffusion_pytorch_model")
 _READABLE = ("F32", "F16", "BF16")
+_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)  # that MLX has kernels for
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder of a known format; nothing but its JSON files has been read."""
+    """A model folder of a known format; nothing but its JSON files has been read.
+
+    notices: what a user should know of this model before an edit.
+    """
 
     folder: Path
     format: Format
     index: dict[str, Any]
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> "Checkpoint":
@@ -94,8 +101,11 @@ class Checkpoint:
                 tensors[name] = info
         return tensors
 
-    def tensors(self, part: str) -> Tensors:
-        """Canonical name -> lazy array, as stored: no bytes are read before an array is evaluated."""
+    def tensors(self, part: str, dtype: mx.Dtype | None = None) -> Tensors:
+        """Canonical name -> lazy array, as stored: no bytes are read before an array is evaluated.
+
+        dtype: what formats that have to be decoded, fp8 and GGUF, are decoded to.
+        """
         self.headers(part)  # the gate
         tensors: Tensors = {}
         for path in self.files(part):
@@ -108,10 +118,34 @@ class Checkpoint:
                 "download the model again"
             ) from None
 
+    def ends(self, part: str, names: tuple[str, ...]) -> Tensors:
+        """At least these tensors of a part."""
+        return self.tensors(part)
+
+    def where(self, part: str) -> Path:
+        """The place of a part, for messages."""
+        return self.folder / part
+
+    def tokenizer(self, name: str) -> Path:
+        """The folder of "tokenizer" (CLIP) or "tokenizer_2" (T5)."""
+        return self.folder / name
+
+    def t5_vocabulary(self) -> dict[str, Any] | None:
+        """The contents of T5's tokenizer.json where it comes out of a weights file and no folder has it."""
+        return None
+
+    def parameters(self, part: str) -> int:
+        """How many numbers the stored tensors of a part are."""
+        return sum(prod(info.shape) for info in self.headers(part).values())
+
+    def loaded_bytes(self, part: str, size: int) -> int:
+        """Bytes of a part once loaded for computing in numbers of `size` bytes."""
+        return self.parameters(part) * size
+
     def model(self, part: str, dtype: mx.Dtype) -> nn.Module:
         """The model of one part with its weights, lazily, in `dtype`."""
         model = MODELS[part][1](self.config(part))
-        fill(model, self.tensors(part), dtype, f"{self.folder / part}")
+        fill(model, self.tensors(part, dtype), dtype, f"{self.where(part)}")
         return model
 
     @cached_property
@@ -123,10 +157,10 @@ class Checkpoint:
         }
         hashes = {}
         for part, names in ends.items():
-            tensors, digest = self.tensors(part), hashlib.sha256()
+            tensors, digest = self.ends(part, names), hashlib.sha256()
             for name in names:
                 if name not in tensors:
-                    raise CheckpointError(f"{self.folder / part}: 1 missing ({name}); is this the whole, right model?")
+                    raise CheckpointError(f"{self.where(part)}: 1 missing ({name}); is this the whole, right model?")
                 value = tensors[name].astype(mx.float32)
                 mx.eval(value)
                 digest.update(np.array(value).tobytes())
@@ -135,7 +169,11 @@ class Checkpoint:
 
 
 def fill(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, where: str) -> None:
-    """Put tensors into a model, cast lazily. Raises CheckpointError listing what is missing, unexpected or misshaped."""
+    """Put tensors into a model, cast lazily. Raises CheckpointError listing what is missing, unexpected or misshaped.
+
+    Where there are `scales`, the layer becomes a quantized one, of the bits and groups that the shapes tell.
+    """
+    quantize_layers(model, packings(model, tensors, where))
     expected = {name: value.shape for name, value in dict(tree_flatten(model.parameters())).items()}
     problems = {
         "missing": [name for name in expected if name not in tensors],
@@ -149,8 +187,43 @@ def fill(model: nn.Module, tensors: Tensors, dtype: mx.Dtype, where: str) -> Non
     if any(problems.values()):
         told = "; ".join(f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names)
         raise CheckpointError(f"{where}: tensors do not fit config.json: {told}; is this the whole, right model?")
-    model.load_weights([(name, value.astype(dtype)) for name, value in tensors.items()])
+    packed = {name for name, value in tensors.items() if value.dtype == mx.uint32}
+    model.load_weights([(name, x if name in packed else x.astype(dtype)) for name, x in tensors.items()])
     model.eval()
+
+
+def packings(model: nn.Module, tensors: Tensors, where: str) -> dict[str, tuple[int, int, str]]:
+    """Path -> (group size, bits, mode) of each layer that is stored quantized, from the shapes of weight and scales.
+
+    Raises CheckpointError for shapes that no quantized layer has.
+    """
+    layers = dict(model.named_modules())
+    found = {}
+    for path in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
+        layer, weight, scales = layers.get(path), tensors.get(f"{path}.weight"), tensors[f"{path}.scales"]
+        if not isinstance(layer, (nn.Linear, nn.Embedding)) or weight is None or weight.dtype != mx.uint32:
+            continue  # for the strict check to report
+        columns, groups, words = layer.weight.shape[1], scales.shape[-1], weight.shape[-1]
+        bits, group = words * 32 // columns, columns // max(groups, 1)
+        if bits not in _BITS or group not in _GROUPS or words * 32 != bits * columns or group * groups != columns:
+            raise CheckpointError(
+                f"{where}: {path} is packed as {tuple(weight.shape)} with scales {tuple(scales.shape)}; for {columns} inputs "
+                "no bits (2 to 8) and groups (32, 64, 128) give that, download the model again"
+            )
+        found[path] = (group, bits, "affine")
+    return found
+
+
+def quantize_layers(model: nn.Module, layers: Mapping[str, tuple[int, int, str]]) -> None:
+    """Put quantized layers in the place of plain ones. layers: path -> (group size, bits, mode); weights are not kept."""
+    plain = dict(model.named_modules())
+    for path, (group, bits, mode) in layers.items():
+        *way, last = path.split(".")
+        parent: Any = model
+        for step in way:
+            parent = parent[int(step)] if isinstance(parent, list) else parent[step]
+        layer = plain[path].to_quantized(group_size=group, bits=bits, mode=mode)  # lazily: nothing is computed
+        parent[int(last) if isinstance(parent, list) else last] = layer
 
 
 def from_json(config: type[_T], path: Path) -> _T:
