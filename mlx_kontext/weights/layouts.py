@@ -44,12 +44,10 @@ class Source:
 
 def transformer_from_mflux(tensors: Tensors) -> Tensors:
     """mflux keeps diffusers' names but for the two layers of an MLP."""
-    names = {".linear1.": ".net.0.proj.", ".linear2.": ".net.2."}
+    inner = {"1": "net.0.proj", "2": "net.2"}
     return transformer_from_diffusers(
         {
-            re.sub(r"(?<=\.ff|ntext)\.linear[12]\.", lambda m: names[m[0]], name)
-            if re.search(r"\.ff(_context)?\.linear[12]\.", name)
-            else name: value
+            re.sub(r"(\.ff(?:_context)?\.)linear([12])\.", lambda m: f"{m[1]}{inner[m[2]]}.", name): value
             for name, value in tensors.items()
         }
     )
