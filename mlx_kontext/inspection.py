@@ -73,7 +73,7 @@ def inspect_model(model: str, dtype: str | None = None, **sources: str | None) -
 
     Raises ModelNotFound or CheckpointError.
     """
-    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, **sources)  # type: ignore[arg-type]
+    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, **sources)
     parts = {}
     for part, name in PARTS.items():
         headers = pipe.checkpoint.headers(part).values()
