@@ -316,12 +316,12 @@ def random_edit(draw: random.Random, operation: str, scene: Scene, colour: str =
     return dataclasses.replace(edit, prompt=describe(draw, edit, plain))
 
 
-def random_generation(draw: random.Random, grid: tuple[int, int] = (2, 2), plain: bool = True) -> Edit:
-    """A picture from nothing: one or two shapes in the first cells in reading order, as they are named."""
+def random_generation(draw: random.Random, grid: tuple[int, int] = (2, 2), count: int = 1, plain: bool = True) -> Edit:
+    """A picture from nothing: `count` shapes in the first cells in reading order, as they are named."""
     rows, columns = grid
-    background, *colours = draw.sample(list(PALETTE), 4)
+    background, *colours = draw.sample(list(PALETTE), 1 + count)
     scene = Scene(background, PALETTE[background], (), rows, columns)
-    kinds = draw.sample(KINDS, draw.randint(1, 2))
+    kinds = draw.sample(KINDS, count)
     target = scene.becomes(*(Shape.added(kind, colours[i], scene.cells[i]) for i, kind in enumerate(kinds)))
     edit = Edit("generate", "", scene, target, "", "", background)
     return dataclasses.replace(edit, prompt=describe(draw, edit, plain))

@@ -169,7 +169,7 @@ def test_stdin_and_stdout() -> None:
 
 def test_inspect(run: Run) -> None:
     page = run("inspect", "demo").out
-    assert "mlx_kontext folder" in page and "2,358,080 parameters" in page and "it fits" in page
+    assert "mlx_kontext folder" in page and "3,446,336 parameters" in page and "it fits" in page
     report = json.loads(run("inspect", demo_folder(), "--json").out)
     assert report["parts"]["vae"]["tensors"] == 180 and report["memory"]["fits"] is True
 

@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[str, Callable[[Scene], Scene], str]] = {
 def test_generated_pictures() -> None:
     """Without a source every shape counts: place, colour, kind, and nothing else."""
     for number in range(20):
-        edit = random_generation(Random(number), GRIDS[number % 4])
+        edit = random_generation(Random(number), GRIDS[number % 4], 1 + number % 3)
         picture = edit.target.render()
         assert judge(edit, picture, softened(picture)).right, edit.prompt
         first, *others = edit.target.shapes

@@ -68,10 +68,11 @@ def single(task: dict[str, Any]) -> dict[str, Any]:
 
 def generated(task: dict[str, Any]) -> dict[str, Any]:
     i = task["seed"]
-    edit = random_generation(random.Random(f"generated {i}"), GRIDS[i % 4])
-    size = edit.target.render().size
-    output = pipe()(prompt=edit.prompt, seed=i, width=size[0], height=size[1], **task["options"]).image
-    verdict = judge(edit, edit.target.render(), output)
+    options = dict(task["options"])
+    edit = random_generation(random.Random(f"generated {i}"), GRIDS[i % 4], options.pop("shapes"))
+    picture = edit.target.render()
+    output = pipe()(prompt=edit.prompt, seed=i, width=picture.width, height=picture.height, **options).image
+    verdict = judge(edit, picture, output)
     return {"right": verdict.right, "prompt": edit.prompt, "complaints": verdict.complaints}
 
 
@@ -188,11 +189,12 @@ def main() -> None:
         ),
         "edits, 28 steps": (single, tasks(1500, full), summary),
         "edits, 8 steps": (single, tasks(1500, quick), summary),
-        "capitals, 8 steps": (single, tasks(1500, quick | {"manner": "capitals"}), summary),
+        "capitals, 8 steps": (single, tasks(500, quick | {"manner": "capitals"}), summary),
         "as people write, 8 steps": (single, tasks(300, quick | {"manner": "spoken"}), summary),
-        "T5 length 64, 8 steps": (single, tasks(300, quick | {"max_sequence_length": 64}), summary),
-        "T5 length 512, 8 steps": (single, tasks(300, quick | {"max_sequence_length": 512}), summary),
-        "text to image, 28 steps": (generated, tasks(300, full), right_share),
+        "T5 length 64, 8 steps": (single, tasks(200, quick | {"max_sequence_length": 64}), summary),
+        "T5 length 512, 8 steps": (single, tasks(200, quick | {"max_sequence_length": 512}), summary),
+        "text to image, one shape, 28 steps": (generated, tasks(300, full | {"shapes": 1}), right_share),
+        "text to image, two shapes, 28 steps": (generated, tasks(100, full | {"shapes": 2}), right_share),
         "chains of five, 28 steps": (chain, tasks(300, full), chain_summary),
     }
     kept: dict[str, Any] = {}

@@ -48,9 +48,7 @@ CLIP = {
 SHARES = {"recolor": 0.32, "remove": 0.15, "background": 0.11, "swap": 0.22, "add": 0.2}
 EDITS_A_SCENE = 4
 SMALL_STEPS = 3850  # of training, on the three smaller grids alone: they cost half as much and teach the same
-EDITS_FIRST = (
-    7400  # steps; then pictures from nothing in earnest: to tell which of two shapes has which colour takes long
-)
+EDITS_FIRST = 7400  # steps; then pictures from nothing in earnest
 SHARE_SMALL, SHARE_ALL = (2, 1, 1, 0), (2, 2, 2, 4)  # of the steps, by grid
 LENGTHS, LONG = (12, 12, 24), (64, 128, 256, 512)
 
@@ -136,7 +134,7 @@ def make_pool(vae: nn.Module, grid: tuple[int, int], scenes: int, seed: str) -> 
     drawn = [training_scene(draw, grid) for _ in range(scenes)]
     edits = [drawn_edit(draw, scene) for scene in drawn for _ in range(EDITS_A_SCENE)]
     made = len(edits)
-    edits += [random_generation(draw, grid) for _ in range(scenes // 4)]
+    edits += [random_generation(draw, grid, draw.randint(1, 2)) for _ in range(scenes // 4)]
     source, again = [], []
     for batch in batches(drawn):
         z = encoded(vae, batch)
@@ -205,8 +203,6 @@ def draw_prompts(
     prompts: list[str] = []
     while len(chosen) < count:
         i = draw.randrange(pool.made, len(pool.edits)) if generate else draw.randrange(pool.made)
-        if generate and len(pool.edits[i].target.shapes) > 2:  # pools made before two were the most
-            continue
         prompt = describe(draw, pool.edits[i], plain=draw.random() < 0.5)
         if len(model.words(prompt)[0]) <= length:
             chosen.append(i)
