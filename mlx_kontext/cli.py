@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .pipeline import KontextPipeline
 
 INTERRUPTED = 130
+SOURCES = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizers", "config")
 
 
 @click.group(
@@ -54,6 +55,22 @@ def cli(context: click.Context) -> None:
 cli.add_command(models)
 
 
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Parts of a model from places of their own; the keys are those of `KontextPipeline.from_pretrained`."""
+    about = {
+        ("--transformer", "transformer"): "The transformer: safetensors (bf16, fp8, MLX), GGUF, or a folder.",
+        ("--vae", "vae"): "The VAE, such as ae.safetensors.",
+        ("--t5", "text_encoder_2"): "T5, such as t5xxl_fp16.safetensors or a GGUF.",
+        ("--clip", "text_encoder"): "CLIP, such as clip_l.safetensors.",
+        ("--tokenizers", "tokenizers"): "A folder with tokenizer/ and tokenizer_2/.",
+        ("--config", "config"): "A folder with diffusers' config.json files, for other sizes than FLUX.1's.",
+    }
+    for (option, name), text in reversed(about.items()):
+        kind = "DIR" if option in ("--tokenizers", "--config") else "F"
+        command = click.option(option, name, metavar=kind, help=text)(command)
+    return command
+
+
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `edit` and `generate` have in common. No defaults here: what is not typed may come from a record or the model."""
     options = [
@@ -61,7 +78,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "-o", "--output", required=True, metavar="OUT", help="PNG, JPEG or WebP; {seed} is filled in; - is stdout."
         ),
         click.option(
-            "-m", "--model", metavar="M", help="demo, a folder, or a hub id. Default: see `mlx-kontext config`."
+            "-m", "--model", metavar="M", help="demo, a folder, a file, or a hub id. Default: see `mlx-kontext config`."
         ),
         click.option(
             "--seed", type=int, multiple=True, metavar="N", help="Repeat for several results. Default: drawn, and told."
@@ -100,6 +117,7 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
         click.option("--json", "as_json", is_flag=True, help="One JSON object a result on stdout."),
     ]
+    command = source_options(command)
     for option in reversed(options):
         command = option(command)
     return command
@@ -159,6 +177,7 @@ def run(
     from .config import settings
     from .edit import EditRequest
 
+    sources = {key: typed.pop(key) for key in SOURCES}
     names = {
         "steps": "num_inference_steps",
         "guidance": "guidance_scale",
@@ -181,7 +200,7 @@ def run(
 
     configured = settings()
     model = model or reusable_name(made_with) or configured["model"].value
-    pipe = open_model(model, dtype or configured["dtype"].value or None, quantize)
+    pipe = open_model(model, dtype or configured["dtype"].value or None, quantize, sources)
     if "transformer" in made_with and made_with["transformer"] != pipe.checkpoint.identity["transformer"]:
         say(f"note: the record was made with {made_with.get('name')}, this is another model")
     if aspect:
@@ -253,12 +272,12 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         os.close(reader)
 
 
-def open_model(model: str, dtype: str | None, quantize: str | None) -> KontextPipeline:
+def open_model(model: str, dtype: str | None, quantize: str | None, sources: dict[str, Any]) -> KontextPipeline:
     """The model from this machine; the command line never downloads by surprise."""
-    say(f"opening {model}")
+    say(f"opening {' '.join([model, *(f'{key}={value}' for key, value in sources.items() if value)])}")
     from .pipeline import KontextPipeline
 
-    return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, quantize=quantize)
+    return KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, quantize=quantize, **sources)
 
 
 def model_of(record: dict[str, Any]) -> dict[str, str]:
@@ -343,11 +362,12 @@ def show(image: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("path", metavar="MODEL|LORA")
+@click.argument("path", metavar="[MODEL|LORA]", required=False)
+@source_options
 @click.option("-q", "--quantize", metavar="SCHEME", help="Count memory as if quantized so: q8, q6, q4m, q4, bits.")
 @click.option("--dtype", metavar="D", help="Count memory for this dtype. Default: what suits this machine.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def inspect(path: str, quantize: str | None, dtype: str | None, as_json: bool) -> None:
+def inspect(path: str | None, quantize: str | None, dtype: str | None, as_json: bool, **sources: str | None) -> None:
     """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here.
 
     Of a LoRA file: its format, ranks, the layers it changes, and parts that are not applied.
@@ -355,8 +375,14 @@ def inspect(path: str, quantize: str | None, dtype: str | None, as_json: bool) -
     from .config import settings
     from .inspection import inspect_adapter, inspect_model, is_adapter
 
-    dtype = dtype or settings()["dtype"].value or None
-    report = inspect_adapter(path) if is_adapter(path) else inspect_model(path, dtype, quantize)
+    if path is None and not any(sources.values()):
+        raise click.UsageError("Missing argument 'MODEL|LORA'.")
+    configured = settings()
+    if path is not None and is_adapter(path):
+        report: Any = inspect_adapter(path)
+    else:
+        dtype = dtype or configured["dtype"].value or None
+        report = inspect_model(path or configured["model"].value, dtype, quantize, **sources)
     click.echo(json.dumps(report.to_json()) if as_json else safe_text(report.page()))
 
 

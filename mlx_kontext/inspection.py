@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterError
-from .hub import find_model, local_path
+from .hub import local_path
 from .lora import read_adapter_header
 from .models.flux import FluxConfig
 from .pipeline import KontextPipeline
@@ -147,12 +147,15 @@ def inspect_adapter(path: str) -> AdapterInspection:
     )
 
 
-def inspect_model(model: str, dtype: str | None = None, quantize: str | int | Scheme | None = None) -> Inspection:
-    """Read a model's JSON files and safetensors headers; with `quantize`, count as if it were quantized so.
+def inspect_model(
+    model: str, dtype: str | None = None, quantize: str | int | Scheme | None = None, **sources: str | None
+) -> Inspection:
+    """Read a model's JSON files and headers; with `quantize`, count as if it were quantized so.
 
-    Raises ModelNotFound, CheckpointError, and RequestError for a scheme there is not.
+    sources: parts from elsewhere, as in `KontextPipeline.from_pretrained`.
+    Raises ModelNotFound, CheckpointError, and RequestError for a scheme there is not or a model quantized already.
     """
-    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, quantize=quantize)
+    pipe = KontextPipeline.from_pretrained(model, dtype=dtype, local_files_only=True, quantize=quantize, **sources)
     width, height = min(pipe.sizes, key=lambda size: abs(size[0] / size[1] - 1))
     plan = pipe.plan(width, height, (width, height), None)
     parts = {}
@@ -165,14 +168,14 @@ def inspect_model(model: str, dtype: str | None = None, quantize: str | int | Sc
         parts[part] = Part(
             name=name,
             tensors=len(headers),
-            parameters=sum(prod(shape) for shape in shapes.values()),
+            parameters=pipe.checkpoint.parameters(part),
             bytes=sum(info.nbytes for info in headers),
             dtypes=dict(Counter(info.dtype for info in headers).most_common()),
             loaded=plan.weights[part],
             bits=dict(sorted(bits.items())),
         )
     return Inspection(
-        folder=str(find_model(model, local_files_only=True)),
+        folder=str(pipe.checkpoint.folder),
         format=pipe.checkpoint.format.name,
         quantization=pipe.quantization,
         parts=parts,

@@ -17,7 +17,7 @@ from PIL import Image
 
 from .backend import compute_dtype, mx, part_dtype
 from .edit import EditRequest, EditResult, Step, pixels_sha256
-from .errors import CheckpointError, KontextError, RequestError
+from .errors import CheckpointError, KontextError, ModelNotFound, RequestError
 from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
 from .lora import Adapters, LoraFiles, attach
@@ -27,7 +27,9 @@ from .photo import read_photo
 from .plan import Plan, gigabytes, plan, unpacked_bytes, weight_bytes
 from .quantize import Scheme, told
 from .sampling import euler, schedule
-from .text import Conditioning, TextEncoders
+from .text import Conditioning, TextEncoders, clip_tokenizer, t5_tokenizer
+from .weights.assemble import assemble
+from .weights.formats import PARTS
 from .weights.load import Checkpoint
 from .weights.save import save_checkpoint
 
@@ -70,7 +72,10 @@ class KontextPipeline:
         self._parts: dict[str, Any] = {}
         self._loras = LoraFiles(self._flux_config, self.dtype)
         self._attached: Adapters = ()
-        self.text = TextEncoders(checkpoint.folder, self._part, self.dtype)
+        vocabulary = checkpoint.t5_vocabulary()
+        t5 = checkpoint.where("text_encoder_2") if vocabulary else checkpoint.tokenizer("tokenizer_2")
+        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"))
+        self.text = TextEncoders(clip_ids, t5_tokenizer(t5, vocabulary), self._part, self.dtype)
         self._thread = threading.get_ident()
 
     @classmethod
@@ -78,23 +83,45 @@ class KontextPipeline:
         cls,
         model: str | os.PathLike[str] = "black-forest-labs/FLUX.1-Kontext-dev",
         *,
+        transformer: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        text_encoder_2: str | os.PathLike[str] | None = None,
+        tokenizers: str | os.PathLike[str] | None = None,
+        config: str | os.PathLike[str] | None = None,
         dtype: str | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         quantize: str | int | Scheme | None = None,
     ) -> KontextPipeline:
-        """Open "demo", a folder (diffusers' layout or our own) or a hub id. Weights are read when they are first needed.
+        """Open "demo", a folder, a single file or a hub id. Weights are read when they are first needed.
 
+        transformer, vae, text_encoder (CLIP), text_encoder_2 (T5): a file or folder for that part alone, in place of the
+        model's; with all four, no model is needed. Safetensors under diffusers', BFL's, ComfyUI's or mflux' names, plain,
+        fp8 or quantized by MLX; GGUF for transformer and T5.
+        tokenizers: a folder with tokenizer/ and tokenizer_2/. config: one with config.json files in diffusers' folders, for
+        models of other sizes than FLUX.1's; without it sizes are read from the tensors.
         dtype: "float32", "float16" or "bfloat16"; by default bfloat16 on Metal and CUDA, float32 on CPU.
         quantize: pack weights as they are loaded, "q8", "q6", "q4m", "q4", a number of bits, or a Scheme; about one layer
         more than the packed model is in memory meanwhile. RequestError for other words and for a model quantized already.
         Raises ModelNotFound (missing, gated, offline) or CheckpointError (damaged, incomplete, another model).
         """
-        folder = find_model(model, local_files_only=local_files_only, revision=revision, token=token)
-        is_path = os.fspath(model) != "demo" and local_path(os.fspath(model)) is not None
-        checkpoint = Checkpoint.open(folder, Scheme.of(quantize))
-        return cls(checkpoint, dtype=dtype, name=folder.resolve().name if is_path else os.fspath(model))
+        scheme = Scheme.of(quantize)
+        given = {"transformer": transformer, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+        parts = {part: _existing(path, part) for part, path in given.items() if path is not None}
+        words = _existing(tokenizers, "tokenizers") if tokenizers else None
+        configs = _existing(config, "config") if config else None
+        if len(parts) == len(PARTS):  # nothing of a model is needed
+            checkpoint = assemble(None, parts, words, configs, scheme)
+            return cls(checkpoint, dtype=dtype, name=parts["transformer"].name)
+        path = None if os.fspath(model) == "demo" else local_path(os.fspath(model))
+        if path is None or path.is_dir():
+            found = find_model(model, local_files_only=local_files_only, revision=revision, token=token)
+        else:
+            found = path
+        name = os.fspath(model) if path is None else found.resolve().name
+        return cls(assemble(found, parts, words, configs, scheme), dtype=dtype, name=name)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model as our own folder, as stored or as `quantize` says. Raises RequestError if `folder` is not empty."""
@@ -139,7 +166,8 @@ class KontextPipeline:
         """One edit: the picture, the prompt, the schedule, the loop, the picture."""
         self._check_thread()  # again, now that the first step is asked for
         started = time.perf_counter()
-        notices = [note for chosen in self.checkpoint.quantization.values() for note in chosen.notes]
+        notices = list(self.checkpoint.notices)
+        notices += [note for chosen in self.checkpoint.quantization.values() for note in chosen.notes]
         photo = self._photo(request, notices)
         width, height = self._size(request, photo)
         reference_size = self._reference_size(request, photo) if photo else None
@@ -415,6 +443,13 @@ class KontextPipeline:
         for part in parts:
             self._parts.pop(part, None)
         mx.clear_cache()
+
+
+def _existing(path: str | os.PathLike[str], word: str) -> Path:
+    found = local_path(os.fspath(path))
+    if found is None:
+        raise ModelNotFound(f"{word} is {os.fspath(path)[:200]!r} and there is no such file or folder; check the path")
+    return found
 
 
 def _plain(latents: Any) -> np.ndarray | None:

@@ -8,7 +8,6 @@ from .disk import gigabytes as gigabytes
 from .errors import ResourceError
 from .models.flux import FluxConfig
 from .models.vae import VAEConfig
-from .quantize import packed_sizes
 from .weights.formats import PARTS
 from .weights.load import Checkpoint
 
@@ -52,15 +51,7 @@ class Plan:
 
 def weight_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, int]:
     """Bytes of each part once loaded, and quantized if the checkpoint has a scheme, for computing in `dtype`."""
-    sizes = {}
-    for part in PARTS:
-        size, layers = part_dtype(part, dtype).size, checkpoint.quantization[part].layers
-        if layers:
-            # fp32 runs hold scales in fp32 too
-            sizes[part] = sum(n for _, n in packed_sizes(checkpoint.plain_shapes(part), layers, size, max(2, size)))
-        else:
-            sizes[part] = sum(prod(info.shape) for info in checkpoint.headers(part).values()) * size
-    return sizes
+    return {part: checkpoint.loaded_bytes(part, part_dtype(part, dtype).size) for part in PARTS}
 
 
 def unpacked_bytes(checkpoint: Checkpoint, dtype: mx.Dtype) -> int:

@@ -208,6 +208,29 @@ def from_block(block: Any, paths: list[str], where: str) -> dict[str, Packing]:
     return layers
 
 
+def from_shapes(shapes: Shapes, widths: Mapping[str, int], where: str) -> dict[str, Packing]:
+    """The packing of each layer that has scales, for files that do not note it. widths: numbers in a row, by layer.
+
+    Raises CheckpointError for shapes that no packed layer has. Layers of no known width are for strict loading to report.
+    """
+    layers = {}
+    for path in [name.removesuffix(".scales") for name in shapes if name.endswith(".scales")]:
+        weight, scales, columns = shapes.get(f"{path}.weight", ()), shapes[f"{path}.scales"], widths.get(path)
+        if columns is None or not weight or not scales:
+            continue
+        packing = Packing(columns // max(scales[-1], 1), weight[-1] * 32 // columns)
+        rows = (weight[0], columns)
+        sound = packing.bits in _AFFINE_BITS and packing.group_size in _AFFINE_GROUPS
+        found = {f"{path}.{suffix}": shape for suffix, (shape, _) in packing.tensors(*rows).items()} if sound else {}
+        if not sound or any(shapes.get(name, shape) != shape for name, shape in found.items()):
+            raise CheckpointError(
+                f"{where}: {path} is packed as {weight} with scales {scales}; for {columns} inputs no bits (2 to 8) and "
+                "groups (32, 64, 128) give that, download the model again"
+            )
+        layers[path] = packing
+    return layers
+
+
 def unpacked_shapes(shapes: Shapes, layers: Mapping[str, Packing]) -> dict[str, tuple[int, ...]]:
     """Shapes of a quantized part's tensors as if nothing were packed; scales and biases of packed layers fall away."""
     out = {}

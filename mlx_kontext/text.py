@@ -31,13 +31,19 @@ class Conditioning:
 class TextEncoders:
     """CLIP and T5 with their tokenizers; the models are fetched when a prompt is new and may be let go in between.
 
+    clip_ids, t5_ids: as `clip_tokenizer` and `t5_tokenizer` give them.
     load: gives the model of a part ("text_encoder" is CLIP, "text_encoder_2" is T5).
     """
 
-    def __init__(self, folder: Path, load: Callable[[str], Any], dtype: mx.Dtype):
+    def __init__(
+        self,
+        clip_ids: Callable[[str], list[int]],
+        t5_ids: Callable[[str, int], tuple[list[int], int]],
+        load: Callable[[str], Any],
+        dtype: mx.Dtype,
+    ):
+        self.clip_ids, self.t5_ids = clip_ids, t5_ids
         self._load, self._dtype = load, dtype
-        self.clip_ids = clip_tokenizer(folder / "tokenizer")
-        self.t5_ids = t5_tokenizer(folder / "tokenizer_2")
         self._memory: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
 
     def encode(self, prompt: str, max_sequence_length: int) -> Conditioning:
@@ -107,14 +113,14 @@ def _clip_from_merges(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def t5_tokenizer(folder: Path) -> Callable[[str, int], tuple[list[int], int]]:
-    """T5's unigram model from `tokenizer.json`, or from `spiece.model`.
+def t5_tokenizer(folder: Path, contents: dict[str, Any] | None = None) -> Callable[[str, int], tuple[list[int], int]]:
+    """T5's unigram model from `tokenizer.json`, or from `spiece.model`; `contents` are the former's, in place of a file.
 
     The function returned gives exactly `length` ids (end token kept, zeros after it) and how many the whole text has.
     Raises CheckpointError if the files are missing or unusable.
     """
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = _from_file(folder / "tokenizer.json")
+    if contents or (folder / "tokenizer.json").is_file():
+        tokenizer = _from_text(contents, folder) if contents else _from_file(folder / "tokenizer.json")
         # Some published files turn a trailing space into a token. The normaliser makes spaces of zero-width ones, so after it.
         own = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([*own, normalizers.Strip(left=False)])
@@ -148,6 +154,13 @@ def _t5_from_sentencepiece(folder: Path) -> tuple[Callable[[str], list[int]], in
     except Exception as error:
         raise _unusable(folder, "tokenizer.json or spiece.model", error) from None
     return processor.encode, processor.eos_id(), max(processor.pad_id(), 0)
+
+
+def _from_text(contents: dict[str, Any], where: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(contents))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise _unusable(where, "a usable vocabulary", error) from None
 
 
 def _from_file(path: Path) -> Tokenizer:

@@ -94,7 +94,8 @@ class TextModel(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+        x = self.embeddings(ids).astype(self.final_layer_norm.weight.dtype)  # packed tables have a dtype of their own
+        return self.final_layer_norm(self.encoder(x))
 
 
 class CLIPText(nn.Module):

@@ -70,7 +70,7 @@ def transformer_from_diffusers(tensors: Tensors) -> Tensors:
     left, out = dict(tensors), {}
 
     def take(target: str, sources: list[str]) -> None:
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "scales", "biases", "bias"):  # groups of a quantized layer lie along its rows
             names = [f"{source}.{kind}" for source in sources]
             if all(name in left for name in names):
                 parts = [left.pop(name) for name in names]
@@ -89,10 +89,9 @@ def transformer_from_diffusers(tensors: Tensors) -> Tensors:
         take_block(f"single_transformer_blocks.{i}", f"single_blocks.{i}", _SINGLE, _SINGLE_NORMS)
     for target, sources in _OUTSIDE:
         take(target, sources)
-    for name in ("final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias"):
-        if name in out:  # diffusers holds scale above shift, the original shift above scale
-            scale, shift = mx.split(out[name], 2)
-            out[name] = mx.concatenate([shift, scale])
+    for name in [name for name in out if name.startswith("final_layer.adaLN_modulation.1.")]:
+        scale, shift = mx.split(out[name], 2)  # diffusers holds scale above shift, the original shift above scale
+        out[name] = mx.concatenate([shift, scale])
     return out | left
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,11 +33,12 @@ _BITS = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor; `dtype` is safetensors' word for it: F32, BF16, U32, F8_E4M3, ..."""
+    """One stored tensor; `dtype` is safetensors' word for it: F32, BF16, U32, F8_E4M3, ...; begin: its first byte."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    begin: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def _header(raw: bytes, data: int) -> Header:
         raise ValueError(f"the file is cut short: {data:,} bytes of tensors, expected {end:,}")
     if end < data:
         raise ValueError(f"the file has {data - end:,} bytes too many; expected {end:,} bytes of tensors")
-    return Header({name: info for name, (_, info) in found.items()}, metadata)
+    start = 8 + len(raw)
+    return Header({name: replace(info, begin=start + begin) for name, (begin, info) in found.items()}, metadata)
 
 
 def _tensor(name: str, entry: Any) -> tuple[int, TensorInfo]:
@@ -181,23 +183,27 @@ def _shard(folder: Path, name: str) -> Path:
     return folder / name  # not `real`: blobs have no suffix, and mx.load goes by it
 
 
-def _other_kind(head: bytes) -> str:
-    """What a file is instead, from its first bytes, and what to do."""
+def _other_kind(head: bytes, expected: str = "safetensors") -> str:
+    """What a file is instead of what was `expected`, from its first bytes, and what to do."""
     if not head.strip(b"\0"):
         return "is empty, or its download was never finished; download it again"
     if head.startswith(b"version https://git-lfs"):
         return "is a git-LFS pointer, not the weights; run git lfs pull, or download it again"
     if head.startswith(b"GGUF"):
-        return "is a GGUF file; expected safetensors, take that version of the model"
+        return f"is a GGUF file; expected {expected}, take that version of the model"
+    if expected != "safetensors" and head[8:9] == b"{":
+        return f"is a safetensors file; expected {expected}"
     if head.startswith(b"PK\3\4"):
-        return "is a zip archive (a PyTorch .pt or .ckpt?); expected safetensors, take that version of the model"
+        return f"is a zip archive (a PyTorch .pt or .ckpt?); expected {expected}, take that version of the model"
     if head.startswith((b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")):
-        return "is a Python pickle, which may run code; expected safetensors, take that version of the model"
+        return f"is a Python pickle, which may run code; expected {expected}, take that version of the model"
     if head.lstrip().startswith(b"<"):
-        return "is a web page (HTML), perhaps one to log in; expected safetensors, download it again"
+        return f"is a web page (HTML), perhaps one to log in; expected {expected}, download it again"
     if not re.search(rb"[\0-\x08\x0e-\x1f\x7f]", head):
-        return "is a text file; expected safetensors, download it again"
-    return "is no safetensors file: it does not begin with the length of a header; download it again"
+        return f"is a text file; expected {expected}, download it again"
+    if expected == "safetensors":
+        return "is no safetensors file: it does not begin with the length of a header; download it again"
+    return f"is no {expected} file; download it again"
 
 
 @contextmanager
@@ -211,7 +217,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise CheckpointError(_line(f"{path} cannot be read ({error.strerror}); check the disk and rights")) from None
     except (RecursionError, MemoryError):
-        raise CheckpointError(_line(f"{path}: its JSON is too large for this machine; download it again")) from None
+        raise CheckpointError(_line(f"{path}: its header is too large for this machine; download it again")) from None
     except ValueError as error:
         raise CheckpointError(_line(f"{path}: {error}; download it again")) from None
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from ..models.flux import Flux, FluxConfig
 from ..models.quantized import Packed, Packing, quantize_layers
 from ..models.t5 import T5Config, T5Encoder
 from ..models.vae import AutoEncoder, VAEConfig
-from ..quantize import Chosen, Scheme, choose, from_block, unpacked_shapes
+from ..quantize import Chosen, Scheme, choose, from_block, packed_sizes, unpacked_shapes
 from ..sampling import ScheduleConfig
 from .formats import FORMATS, PARTS, Format, Tensors
 from .header import TensorInfo, read_header, read_index
@@ -45,12 +46,14 @@ class Checkpoint:
     """A model folder of a known format; nothing but its JSON files has been read.
 
     scheme: quantize while loading or saving; None leaves the weights as they are stored, quantized or not.
+    notices: what a user should know of this model before an edit.
     """
 
     folder: Path
     format: Format
     index: dict[str, Any]
     scheme: Scheme | None = None
+    notices: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, scheme: Scheme | None = None) -> "Checkpoint":
@@ -110,8 +113,11 @@ class Checkpoint:
                 )
         return tensors
 
-    def tensors(self, part: str) -> Tensors:
-        """Canonical name -> lazy array, as stored: no bytes are read before an array is evaluated."""
+    def tensors(self, part: str, dtype: mx.Dtype | None = None) -> Tensors:
+        """Canonical name -> lazy array, as stored: no bytes are read before an array is evaluated.
+
+        dtype: what formats that have to be decoded, fp8 and GGUF, are decoded to.
+        """
         self.headers(part)  # the gate
         tensors: Tensors = {}
         for path in self.files(part):
@@ -157,13 +163,43 @@ class Checkpoint:
         shapes = self.shapes(part)
         return shapes if self.scheme else unpacked_shapes(shapes, self.quantization[part].layers)
 
+    def ends(self, part: str, names: tuple[str, ...]) -> Tensors:
+        """At least these tensors of a part."""
+        return self.tensors(part)
+
+    def where(self, part: str) -> Path:
+        """The place of a part, for messages."""
+        return self.folder / part
+
+    def tokenizer(self, name: str) -> Path:
+        """The folder of "tokenizer" (CLIP) or "tokenizer_2" (T5)."""
+        return self.folder / name
+
+    def t5_vocabulary(self) -> dict[str, Any] | None:
+        """The contents of T5's tokenizer.json where it comes out of a weights file and no folder has it."""
+        return None
+
+    def parameters(self, part: str) -> int:
+        """How many numbers a part has, as if nothing were quantized."""
+        return sum(prod(shape) for shape in self.plain_shapes(part).values())
+
+    def loaded_bytes(self, part: str, size: int) -> int:
+        """Bytes of a part once loaded, and quantized if there is a scheme, for computing in numbers of `size` bytes."""
+        layers = self.quantization[part].layers
+        if not layers:
+            return sum(prod(info.shape) for info in self.headers(part).values()) * size
+        # fp32 runs hold scales in fp32 too
+        return sum(n for _, n in packed_sizes(self.plain_shapes(part), layers, size, max(2, size)))
+
     def model(self, part: str, dtype: mx.Dtype) -> nn.Module:
         """The model of one part with its weights in `dtype`, lazily; what the scheme quantizes is packed here."""
-        model, tensors, where = MODELS[part][1](self.config(part)), self.tensors(part), f"{self.folder / part}"
-        layers = self.quantization[part].layers
+        model, where, layers = MODELS[part][1](self.config(part)), f"{self.where(part)}", self.quantization[part].layers
         if self.scheme:
+            tensors = self.tensors(part, mx.float32)  # what is decoded is rounded once, by packing
             check_shapes(model, tensors, where)  # before the minutes that packing takes
             quantize_tensors(tensors, layers)
+        else:
+            tensors = self.tensors(part, dtype)
         fill(model, tensors, dtype, where, layers)
         return model
 
@@ -176,10 +212,10 @@ class Checkpoint:
         }
         hashes = {}
         for part, names in ends.items():
-            tensors, digest = self.tensors(part), hashlib.sha256()
+            tensors, digest = self.ends(part, names), hashlib.sha256()
             for name in names:
                 if name not in tensors:
-                    raise CheckpointError(f"{self.folder / part}: 1 missing ({name}); is this the whole, right model?")
+                    raise CheckpointError(f"{self.where(part)}: 1 missing ({name}); is this the whole, right model?")
                 value = tensors[name].astype(mx.float32)
                 mx.eval(value)
                 digest.update(np.array(value).tobytes())

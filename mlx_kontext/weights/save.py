@@ -42,6 +42,10 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    if type(checkpoint) is not Checkpoint:  # its parts have no config.json to copy, and may be quantized
+        raise RequestError(
+            "save_pretrained writes models that came as one folder; this one was put together from files"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RequestError(f"{folder} exists and is not empty; choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
