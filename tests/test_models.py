@@ -124,7 +124,7 @@ def test_disk_is_checked_before_the_start(
     monkeypatch.setattr("mlx_kontext.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=1_000_000))
     ran = run("models", "pull")
     assert ran.code == 4 and not list(cache.iterdir()) and not fake.ranges
-    assert f"needs 7.2 MB more in {cache}, where 1.0 MB are free" in ran.err
+    assert f"needs 9.4 MB more in {cache}, where 1.0 MB are free" in ran.err
     with pytest.raises(ResourceError):
         hub.pull(hub.look_up(REPO))
 
