@@ -346,6 +346,7 @@ def test_demo_model_gives_the_pictures_of_diffusers() -> None:
         exact = {"width": width, "height": height, "auto_resize": False}
         found = np.array(ours(image=photo, prompt=prompt, latents=latents, **exact, **edit).image)
         off[prompt] = largest_difference(found, expected)
-        assert largest_difference(expected, np.array(photo)) > 100, f"{prompt!r} edits nothing: a poor test"
+        # orange on red, the least of these edits, is 92 levels away
+        assert largest_difference(expected, np.array(photo)) > 80, f"{prompt!r} edits nothing: a poor test"
     assert len(off) == len(EDITS) == 20
     assert {prompt: difference for prompt, difference in off.items() if difference > 2} == {}
