@@ -50,9 +50,11 @@ def single(task: dict[str, Any]) -> dict[str, Any]:
         prompt = [prompt.capitalize() + ".", prompt.upper(), prompt.title()][i % 3]
     if manner == "spoken":
         prompt = spoken(draw, prompt, operation)
+    if manner == "another prompt":  # of another operation: two of one operation often ask for the same
+        prompt = draw_edit(random.Random(f"another {i}"), OPERATIONS[(i + 1) % 5], GRIDS[i // 50 % 4]).prompt
     source = edit.source.render()
     size = {"width": source.width, "height": source.height, "auto_resize": False}
-    output = pipe()(image=source, prompt=prompt, seed=i, **size, **options).image
+    output = source if manner == "nothing" else pipe()(image=source, prompt=prompt, seed=i, **size, **options).image
     verdict = judge(edit, source, output)
     return {
         "operation": operation,
@@ -193,6 +195,8 @@ def main() -> None:
         "as people write, 8 steps": (single, tasks(300, quick | {"manner": "spoken"}), summary),
         "T5 length 64, 8 steps": (single, tasks(100, quick | {"max_sequence_length": 64}), summary),
         "T5 length 512, 8 steps": (single, tasks(100, quick | {"max_sequence_length": 512}), summary),
+        "control: input handed back": (single, tasks(100, {"manner": "nothing"}), right_share),
+        "control: another prompt, 8 steps": (single, tasks(100, quick | {"manner": "another prompt"}), right_share),
         "text to image, one shape, 28 steps": (generated, tasks(300, full | {"shapes": 1}), right_share),
         "text to image, two shapes, 28 steps": (generated, tasks(100, full | {"shapes": 2}), right_share),
         "chains of five, 28 steps": (chain, tasks(300, full), chain_summary),
