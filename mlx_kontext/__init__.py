@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "KontextPipeline": "pipeline",
+    "convert_checkpoint": "convert",
     "EditRequest": "edit",
     "EditResult": "edit",
     "Step": "edit",
@@ -31,6 +32,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from .convert import convert_checkpoint
     from .edit import EditRequest, EditResult, Step
     from .errors import (
         AdapterError,

@@ -82,7 +82,7 @@ def papers(folder: Path) -> dict[str, str]:
     lacks a field.
     """
     _check_folder(folder)
-    card, found = folder / "README.md", _fields(folder / "README.md")
+    card, found = folder / "README.md", card_fields(folder / "README.md")
     if not is_flux_dev(folder, found):
         if found.get("library_name") != "mlx" or not found.get("license"):
             raise CheckpointError(f"{card} needs library_name: mlx and a license between its --- lines; write them")
@@ -144,7 +144,7 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: {len(lacks)} files missing ({', '.join(lacks[:3])}); make the folder again")
 
 
-def _fields(card: Path) -> dict[str, Any]:
+def card_fields(card: Path) -> dict[str, Any]:
     """The card's fields between its --- lines, empty if there are none."""
     from huggingface_hub import metadata_load
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
+from .cli_convert import convert, source_options
 from .cli_models import models
 from .errors import KontextError, RequestError
 from .terminal import safe_text, say
@@ -52,23 +53,8 @@ def cli(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
+cli.add_command(convert)
 cli.add_command(models)
-
-
-def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Parts of a model from places of their own; the keys are those of `KontextPipeline.from_pretrained`."""
-    about = {
-        ("--transformer", "transformer"): "The transformer: safetensors (bf16, fp8, MLX), GGUF, or a folder.",
-        ("--vae", "vae"): "The VAE, such as ae.safetensors.",
-        ("--t5", "text_encoder_2"): "T5, such as t5xxl_fp16.safetensors or a GGUF.",
-        ("--clip", "text_encoder"): "CLIP, such as clip_l.safetensors.",
-        ("--tokenizers", "tokenizers"): "A folder with tokenizer/ and tokenizer_2/.",
-        ("--config", "config"): "A folder with diffusers' config.json files, for other sizes than FLUX.1's.",
-    }
-    for (option, name), text in reversed(about.items()):
-        kind = "DIR" if option in ("--tokenizers", "--config") else "F"
-        command = click.option(option, name, metavar=kind, help=text)(command)
-    return command
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from .errors import CheckpointError, RequestError
 from .image import nearest_size, noise, pack, position_ids, to_array
 from .models.quantized import Packing
 from .photo import read_photo
-from .weights.pack import pack_matrix, unpack_matrix
+from .weights.pack import pack_matrix, relative_error, unpack_matrix
 
 if TYPE_CHECKING:
     from .pipeline import KontextPipeline
@@ -30,7 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _EIGHT = Packing(64, 8)
 _AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-_FP_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+FP_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 _BLOCK = re.compile(
     r"(?P<kind>double|single)_blocks\.(?P<index>\d+)\."
     r"(?P<layer>(?P<stream>img|txt)_(attn\.(qkv|proj)|mlp\.[02])|linear[12])"
@@ -56,9 +56,9 @@ class Scheme:
         if self.mode == "affine":
             good = self.bits in _AFFINE_BITS and self.group_size in _AFFINE_GROUPS
         else:
-            good = _FP_MODES.get(self.mode) == (self.group_size, self.bits) and not self.mixed
+            good = FP_MODES.get(self.mode) == (self.group_size, self.bits) and not self.mixed
         if not good:
-            fp = ", ".join(f"{mode} ({bits} bits in groups of {size})" for mode, (size, bits) in _FP_MODES.items())
+            fp = ", ".join(f"{mode} ({bits} bits in groups of {size})" for mode, (size, bits) in FP_MODES.items())
             raise RequestError(
                 f"no quantization has mode {self.mode!r}, {self.bits!r} bits, groups of {self.group_size!r}; affine takes bits "
                 f"{_listed(_AFFINE_BITS)} in groups of {_listed(_AFFINE_GROUPS)}; there are also {fp}"
@@ -315,10 +315,9 @@ def report(original: "KontextPipeline", quantized: "KontextPipeline") -> Report:
             plain = unpack_matrix(packed, packing)
             if weight is None or weight.shape != plain.shape:
                 raise RequestError(f"{original.name} and {quantized.name} are not the same model: {name} differs")
-            exact = weight.astype(mx.float32)
-            error = mx.linalg.norm(plain - exact) / mx.maximum(mx.linalg.norm(exact), 1e-30)
+            error = relative_error(plain, weight)
             size = sum(value.nbytes for value in packed.values())
-            rows.append(LayerError(part, path, packing.bits, packing.group_size, float(error), weight.nbytes, size))
+            rows.append(LayerError(part, path, packing.bits, packing.group_size, error, weight.nbytes, size))
             mx.clear_cache()
     return Report(rows)
 

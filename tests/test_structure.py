@@ -16,15 +16,28 @@ import mlx_kontext
 PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
-    {"cli", "cli_models", "__main__", "doctor", "inspection"},
-    {"pipeline"},
+    {"cli", "cli_models", "cli_convert", "__main__", "doctor", "inspection"},
+    {"pipeline", "convert"},
     {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
     | {"hub", "hub_errors", "cached", "card"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
 ]
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
-WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli", "cached", "card"]
+WITHOUT_MLX = [
+    "edit",
+    "errors",
+    "disk",
+    "provenance",
+    "image",
+    "photo",
+    "config",
+    "hub",
+    "cli",
+    "cli_convert",
+    "cached",
+    "card",
+]
 
 
 def modules() -> dict[str, Path]:
@@ -106,6 +119,7 @@ def test_public_names() -> None:
         [
             "__version__",
             "KontextPipeline",
+            "convert_checkpoint",
             "EditRequest",
             "EditResult",
             "Step",

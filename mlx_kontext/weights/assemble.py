@@ -1,7 +1,10 @@
 """A model put together from parts in different places: single files, folders, and a model folder for the rest."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ from ..backend import mx, nn
 from ..errors import CheckpointError, RequestError
 from ..quantize import Chosen, Scheme, choose, from_shapes, packed_sizes
 from ..sampling import ScheduleConfig
-from .formats import PARTS, Format, Tensors
+from .formats import PARTS, Format, Piece, Tensors
 from .gguf_parts import t5_tokenizer_json
 from .header import TensorInfo
 from .layouts import Source, format_name, sources_in, told_apart
@@ -25,6 +28,9 @@ _FILES = {  # what the part is called where it is published
     "text_encoder": "clip_l.safetensors",
     "text_encoder_2": "t5xxl_fp16.safetensors",
 }
+# Of one block, in all spellings; layers of different blocks are never joined, nor is modulation joined to other layers.
+_BLOCK = re.compile(r"(?:\w*blocks?|blk)\.\d+\.")
+_MODULATION = re.compile(r"_mod\.lin\.|modulation\.lin\.|norm1(_context)?\.linear\.|(?<!\w)norm\.linear\.")
 
 
 @dataclass(frozen=True)
@@ -92,23 +98,54 @@ class Assembled(Checkpoint):
 
     def config(self, part: str) -> Any:
         """From `configs` if it has the file, else from the folder the part would come from, else from the tensors."""
-        for folder in (self.configs, self.base.folder if self.base else None):
-            if folder and (folder / part / "config.json").is_file():
-                return from_json(MODELS[part][0], folder / part / "config.json")
+        if file := self._config_file(f"{part}/config.json"):
+            return from_json(MODELS[part][0], file)
         if part not in self.sources:
             return self._base(part).config(part)
         return sizes_of(part, self._outline(part, repacked=False), str(self.where(part)))
 
+    def config_json(self, part: str) -> dict[str, Any]:
+        file = self._config_file(f"{part}/config.json")
+        if file is None:
+            return dataclasses.asdict(self.config(part))
+        words = (
+            ("quantization", "quantization_config") if part in self.sources else ()
+        )  # of weights not taken from there
+        return {key: value for key, value in read_json(file).items() if key not in words}
+
     def schedule_config(self) -> ScheduleConfig:
-        for folder in (self.configs, self.base.folder if self.base else None):
-            if folder and (folder / "scheduler" / "scheduler_config.json").is_file():
-                return from_json(ScheduleConfig, folder / "scheduler" / "scheduler_config.json")
-        return ScheduleConfig()
+        file = self._config_file("scheduler/scheduler_config.json")
+        return from_json(ScheduleConfig, file) if file else ScheduleConfig()
+
+    def schedule_json(self) -> dict[str, Any]:
+        file = self._config_file("scheduler/scheduler_config.json")
+        words = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
+        return read_json(file) if file else words | ScheduleConfig.REQUIRED | dataclasses.asdict(ScheduleConfig())
+
+    def _config_file(self, name: str) -> Path | None:
+        folders = (self.configs, self.base.folder if self.base else None)
+        return next((folder / name for folder in folders if folder and (folder / name).is_file()), None)
 
     def tensors(self, part: str, dtype: mx.Dtype | None = None) -> Tensors:
         if part not in self.sources:
             return self._base(part).tensors(part)
         return self._decoded(part, self.sources[part].tensors, dtype or mx.float32)
+
+    def pieces(self, part: str, dtype: mx.Dtype) -> list[Piece]:
+        """Block by block: what MLX cannot read lazily, GGUF and e5m2, is decoded when a piece is loaded."""
+        if part not in self.sources:
+            return self._base(part).pieces(part, dtype)
+        groups: dict[tuple[bool, str], dict[str, Stored]] = {}
+        for name, stored in self.sources[part].tensors.items():
+            block = _BLOCK.search(name) if part in ("transformer", "text_encoder_2") else None
+            key = (bool(_MODULATION.search(name)), block[0]) if block else (False, "")
+            groups.setdefault(key, {})[name] = stored
+        found = []
+        for key in sorted(groups, key=lambda key: key[0]):  # modulation last, as it is written
+            stand_ins = outline(self.where(part), groups[key], repacked=True, dtype=dtype)
+            load = partial(self._decoded, part, groups[key], mx.float32)
+            found.append(Piece(self._canonical(part, stand_ins), load))
+        return found
 
     def ends(self, part: str, names: tuple[str, ...]) -> Tensors:
         """A few canonical tensors without decoding the rest; layouts rename, join and never mix these."""

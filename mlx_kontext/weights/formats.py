@@ -24,6 +24,14 @@ class Format:
     to_canonical: Mapping[str, Callable[[Tensors], Tensors]]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are read together. outline: arrays of their names, shapes and dtypes, only to be looked at."""
+
+    outline: Tensors
+    load: Callable[[], Tensors]
+
+
 # canonical name <- one or more names in diffusers' file, joined along the rows; a second line is another spelling
 _DOUBLE = [
     ("img_mod.lin", ["norm1.linear"]),

@@ -24,7 +24,7 @@ from ..models.t5 import T5Config, T5Encoder
 from ..models.vae import AutoEncoder, VAEConfig
 from ..quantize import Chosen, Scheme, choose, from_block, packed_sizes, unpacked_shapes
 from ..sampling import ScheduleConfig
-from .formats import FORMATS, PARTS, Format, Tensors
+from .formats import FORMATS, PARTS, Format, Piece, Tensors
 from .header import TensorInfo, read_header, read_index
 from .pack import quantize_tensors
 
@@ -129,6 +129,31 @@ class Checkpoint:
                 f"{self.folder / part}: tensors of the {PARTS[part]} do not fit together ({str(error).splitlines()[0]}); "
                 "download the model again"
             ) from None
+
+    def pieces(self, part: str, dtype: mx.Dtype) -> list[Piece]:
+        """A part in pieces, so that it can pass through less memory than it takes.
+
+        dtype: of the stand-ins of what has to be decoded; what a piece loads is then fp32, to be rounded once.
+        """
+        tensors = self.tensors(part)
+        outline = {name: mx.zeros(value.shape, value.dtype) for name, value in tensors.items()}
+        return [Piece(outline, lambda: tensors)]  # lazy; who takes one out and lets it go has its memory back
+
+    def check(self, part: str) -> None:
+        """Raises CheckpointError listing tensors that the part's model misses, does not know, or has in another shape."""
+        model = MODELS[part][1](self.config(part))
+        if not self.scheme:
+            quantize_layers(model, self.quantization[part].layers)
+        found = {name: value for piece in self.pieces(part, mx.float32) for name, value in piece.outline.items()}
+        check_shapes(model, found, f"{self.where(part)}")
+
+    def config_json(self, part: str) -> dict[str, Any]:
+        """A part's config.json as a folder of its own would have it."""
+        return read_json(self.folder / part / "config.json")
+
+    def schedule_json(self) -> dict[str, Any]:
+        """scheduler_config.json, likewise."""
+        return read_json(self.folder / "scheduler" / "scheduler_config.json")
 
     @cached_property
     def quantization(self) -> dict[str, Chosen]:

@@ -1,6 +1,6 @@
 """Packing of weights into few bits: one matrix by chunks of rows, a dictionary of tensors one matrix after another."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ..backend import mx
 from ..errors import CheckpointError
@@ -16,7 +16,7 @@ _REFITS = 3
 
 def quantize_tensors(tensors: Tensors, layers: Mapping[str, Packing]) -> None:
     """Pack these layers in place, one after another: above the result only one unpacked matrix is in memory."""
-    take = Taker(tensors, layers)
+    take = Taker(tensors.pop, layers)
     for path, packing in layers.items():
         for suffix in packing.tensors(1, packing.group_size):
             tensors[f"{path}.{suffix}"] = take(f"{path}.{suffix}")
@@ -24,10 +24,13 @@ def quantize_tensors(tensors: Tensors, layers: Mapping[str, Packing]) -> None:
 
 
 class Taker:
-    """Takes tensors out of a dictionary by the names they have once packed, packing a matrix when it is first asked for."""
+    """Takes tensors by the names they have once packed, packing a matrix when it is first asked for.
 
-    def __init__(self, tensors: Tensors, layers: Mapping[str, Packing]):
-        self._tensors, self._layers = tensors, layers
+    pop: gives a tensor by its name before packing, and keeps no hold of it.
+    """
+
+    def __init__(self, pop: Callable[[str], mx.array], layers: Mapping[str, Packing]):
+        self._pop, self._layers = pop, layers
         self._ready: Tensors = {}
 
     def __call__(self, name: str) -> mx.array:
@@ -35,8 +38,8 @@ class Taker:
             return self._ready.pop(name)
         path, _, suffix = name.rpartition(".")
         if path not in self._layers or suffix == "bias":
-            return self._tensors.pop(name)
-        packed = pack_matrix(self._tensors.pop(f"{path}.weight"), self._layers[path], path)
+            return self._pop(name)
+        packed = pack_matrix(self._pop(f"{path}.weight"), self._layers[path], path)
         self._ready |= {f"{path}.{key}": value for key, value in packed.items()}
         return self._ready.pop(name)
 
@@ -140,3 +143,9 @@ def unpack_matrix(packed: Tensors, packing: Packing) -> mx.array:
     if packing.mode == "affine":
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32) if biases is not None else None
     return mx.dequantize(weight, scales, biases, packing.group_size, packing.bits, packing.mode, dtype=mx.float32)
+
+
+def relative_error(found: mx.array, exact: mx.array) -> float:
+    """Of all numbers together: the Frobenius norm of the difference by that of `exact`, in fp32."""
+    exact = exact.astype(mx.float32)
+    return float(mx.linalg.norm(found.astype(mx.float32) - exact) / mx.maximum(mx.linalg.norm(exact), 1e-30))

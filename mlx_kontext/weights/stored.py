@@ -22,7 +22,7 @@ from .header import TensorInfo, _cut, _line, _opened, read_header, read_index
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 _PLAIN = ("F32", "F16", "BF16")
-_DTYPES = {"F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
+_DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}
 _NUMPY = {
     "F32": "<f4",
     "F16": "<f2",
@@ -40,12 +40,16 @@ _INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file. name: as the file says; info.dtype may be GGUF's word for a type."""
+    """One tensor in a file. name: as the file says; info.dtype may be GGUF's word for a type.
+
+    odd_file: whether MLX cannot read the file.
+    """
 
     name: str
     path: Path
     info: TensorInfo
     block: GGUFTensor | None = None
+    odd_file: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,11 @@ def read_contents(where: Path) -> Contents:
     for path in paths:
         header = read_header(path)
         metadata |= header.metadata
+        odd = any(info.dtype == "F8_E5M2" for info in header.tensors.values())
         for name, info in header.tensors.items():
             if name in found:
                 raise CheckpointError(_line(f"{path}: {name} is in another shard too; download the model again"))
-            found[name] = Stored(name, path, info)
+            found[name] = Stored(name, path, info, odd_file=odd)
     return Contents(where, found, metadata)
 
 
@@ -143,11 +148,10 @@ def _wrong(where: Path, told: str) -> CheckpointError:
     return CheckpointError(_line(f"{where}: {told}; download the model again, or take its bf16 version"))
 
 
-def outline(where: Path, tensors: Mapping[str, Stored], *, repacked: bool) -> Tensors:
+def outline(where: Path, tensors: Mapping[str, Stored], *, repacked: bool, dtype: mx.Dtype = mx.float32) -> Tensors:
     """Stand-ins for what `decode` gives, of the same names and shapes, without touching a weight; only to be looked at.
 
-    Where `decode` gives plain or packed numbers they have its dtype too. repacked: else blocks of GGUF are as if plain.
-    Raises CheckpointError as `check` does.
+    dtype: of what is decoded. repacked: else blocks of GGUF are as if plain. Raises CheckpointError as `check` does.
     """
     check(where, tensors)
     out: Tensors = {}
@@ -161,7 +165,8 @@ def outline(where: Path, tensors: Mapping[str, Stored], *, repacked: bool) -> Te
                     shape, mx.uint32 if dtype == mx.uint32 else scales
                 )
         else:
-            out[name] = mx.zeros(stored.info.shape, _DTYPES.get(stored.info.dtype, mx.float32))
+            decoded = stored.block is not None or stored.info.dtype in (*FP8, "I8")
+            out[name] = mx.zeros(stored.info.shape, dtype if decoded else _DTYPES[stored.info.dtype])
     return out
 
 
@@ -173,8 +178,7 @@ def decode(where: Path, tensors: Mapping[str, Stored], dtype: mx.Dtype, *, zero_
     Raises CheckpointError as `check` does, and for scales that are not finite.
     """
     check(where, tensors)
-    files: dict[Path, Tensors | None] = {}
-    odd = {stored.path for stored in tensors.values() if stored.info.dtype == "F8_E5M2"}
+    files: dict[Path, Tensors] = {}
     out: Tensors = {}
     for name, stored in tensors.items():
         stem, _, kind = name.rpartition(".")
@@ -183,7 +187,7 @@ def decode(where: Path, tensors: Mapping[str, Stored], dtype: mx.Dtype, *, zero_
         if stored.block:
             out |= _from_block(name, stored.block, dtype)
         else:
-            value = _value(stored, files, stored.path in odd)
+            value = _value(stored, files)
             if stored.info.dtype in (*FP8, "I8"):
                 scale = _scale(tensors, stem) if kind == "weight" else None
                 value = _decoded(value, stored.info.dtype, zero_nan)
@@ -210,13 +214,12 @@ def _from_block(name: str, block: GGUFTensor, dtype: mx.Dtype) -> Tensors:
     return {name: weight, f"{stem}scales": scales, f"{stem}biases": biases}
 
 
-def _value(stored: Stored, files: dict[Path, Any], odd: bool) -> mx.array:
-    """The array as stored: lazily, by MLX, unless the file has a type MLX does not know."""
-    if not odd:
+def _value(stored: Stored, files: dict[Path, Tensors]) -> mx.array:
+    """The array as stored: lazily, by MLX, unless its file has a type MLX does not know, for which it refuses the file."""
+    if not stored.odd_file:
         if stored.path not in files:
-            files[stored.path] = mx.load(str(stored.path), format="safetensors")
-        value: mx.array = files[stored.path][stored.name]
-        return value
+            files[stored.path] = mx.load(str(stored.path), format="safetensors")  # type: ignore[assignment]  # a dict
+        return files[stored.path][stored.name]
     value = mx.array(read_bytes(stored))
     return value.view(mx.bfloat16) if stored.info.dtype == "BF16" else value
 
