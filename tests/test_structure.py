@@ -16,15 +16,17 @@ import mlx_kontext
 PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
-    {"cli", "cli_models", "__main__", "doctor", "inspection"},
+    {"cli", "cli_models", "cli_sessions", "__main__", "doctor", "inspection"},
     {"pipeline"},
     {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
-    | {"hub", "hub_errors", "cached", "card"},
+    | {"hub", "hub_errors", "cached", "card"}
+    | {"sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
 ]
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
 WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli", "cached", "card"]
+WITHOUT_MLX += ["sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns", "cli_sessions"]
 
 
 def modules() -> dict[str, Path]:
@@ -109,6 +111,7 @@ def test_public_names() -> None:
             "EditRequest",
             "EditResult",
             "Step",
+            "EditSession",
             "KontextError",
             "RequestError",
             "ImageError",
