@@ -280,12 +280,12 @@ def read_png(data: bytes) -> Image.Image:
 
 
 def write_latents(latents: Any) -> bytes:
-    """A safetensors file of packed latents [1, N, C], fp32. Raises SessionError for anything else."""
+    """A safetensors file of packed latents [1, N, C], fp32. Raises RequestError for anything else."""
     from safetensors.numpy import save
 
     array = np.ascontiguousarray(latents, np.float32)
     if array.ndim != 3 or array.shape[0] != 1 or not array.size or not np.isfinite(array).all():
-        raise SessionError(f"the latents are {list(array.shape)}; expected finite packed latents [1, N, 64]")
+        raise RequestError(f"the latents are {list(array.shape)}; expected finite packed latents [1, N, 64]")
     return save({"latents": array})
 
 

@@ -26,6 +26,7 @@ A_SESSION = 25  # kills before another one begins, so that sessions stay small
 
 def child(folder: Path, pipe: int, seed: int) -> None:
     """Begin or open the session and never stop; each acknowledgement is a line: number and sha256 of the turn's file."""
+
     def acknowledge(turn: int) -> None:
         os.write(pipe, f"{turn} {digest(folder, turn)}\n".encode())
 

@@ -221,7 +221,9 @@ class Trial:
             except Killed:
                 session = None
             else:
-                for number in Store(FOLDER, disk).numbers():  # also one that was cut short, now that somebody has seen it
+                for number in Store(
+                    FOLDER, disk
+                ).numbers():  # also one that was cut short, now that somebody has seen it
                     told[number] = disk.read(Store(FOLDER, disk).turn_path(number), 2**20)
 
     def judge(self, state: Memory, told: dict[int, bytes]) -> None:
@@ -289,4 +291,3 @@ def made(number: int) -> EditResult:
     latents = np.full((1, 1, 64), number, np.float32)
     request = EditRequest("make it snow", image=picture(0), seed=number, num_inference_steps=1)
     return EditResult(image, request, number, 0.5, {"name": "none"}, latents, (), "vae", pixels_sha256(image))
-

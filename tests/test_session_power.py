@@ -94,7 +94,11 @@ def test_every_failing_operation_is_told_and_costs_nothing(error: int, kind: typ
         try:
             session.append(made(2))
         except (ResourceError, SessionError) as failure:
-            assert type(failure) is kind and "\n" not in str(failure) and ("full" in str(failure)) == (error == errno.ENOSPC)
+            assert (
+                type(failure) is kind
+                and "\n" not in str(failure)
+                and ("full" in str(failure)) == (error == errno.ENOSPC)
+            )
         else:
             break
         setattr(disk, when, lambda: None)
