@@ -116,13 +116,21 @@ class Files:
     def kind(self, path: Path) -> str:
         """ "file", "folder", "other" (links, devices, pipes), or "" if there is nothing."""
         try:
-            mode = path.lstat().st_mode
+            mode = self._status(path).st_mode
         except (FileNotFoundError, NotADirectoryError):
             return ""
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # its folder is a link
+                return ""
+            raise
         return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "other"
 
     def size(self, path: Path) -> int:
-        return path.lstat().st_size
+        return self._status(path).st_size
+
+    def _status(self, path: Path) -> os.stat_result:
+        with _opened(path.parent) as folder:
+            return os.stat(path.name, dir_fd=folder, follow_symlinks=False)
 
     def read(self, path: Path, limit: int) -> bytes:
         """The bytes of an ordinary file of at most `limit` bytes."""
@@ -138,7 +146,8 @@ class Files:
         return data
 
     def make_folder(self, path: Path) -> None:
-        path.mkdir(0o700)
+        with _opened(path.parent) as folder:
+            os.mkdir(path.name, 0o700, dir_fd=folder)
 
     def write(self, path: Path, data: bytes) -> None:
         """A new file, for the owner's eyes only; it is not durable before `sync`."""
@@ -158,7 +167,8 @@ class Files:
 
     def rename(self, source: Path, target: Path) -> None:
         """Replaces `target`; the new name is not durable before `sync_folder`."""
-        os.replace(source, target)
+        with _opened(source.parent) as old, _opened(target.parent) as new:
+            os.replace(source.name, target.name, src_dir_fd=old, dst_dir_fd=new)
 
     def sync_folder(self, folder: Path) -> None:
         with _opened(folder) as descriptor:
@@ -169,7 +179,8 @@ class Files:
                     raise  # a real failure; the others are network volumes that cannot do it
 
     def remove(self, path: Path) -> None:
-        path.unlink()
+        with _opened(path.parent) as folder:
+            os.unlink(path.name, dir_fd=folder)
 
     def lock(self, path: Path) -> IO[bytes]:
         """Take an exclusive lock that lasts until the file is closed or the process ends, however it ends.

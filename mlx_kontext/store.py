@@ -223,9 +223,9 @@ class Store:
 
     def set_aside(self, path: Path) -> str:
         """Move a file, link or folder into damaged/; returns its name there, relative to the session. Raises OSError."""
-        if self.files.kind(self.damaged) == "":
-            self.files.make_folder(self.damaged)
-            self.files.sync_folder(self.folder)
+        self._make_damaged()
+        if path == self.damaged:
+            return "damaged/damaged"
         name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in path.name)[:100]
         target, number = self.damaged / name, 1
         while self.files.kind(target):
@@ -235,6 +235,19 @@ class Store:
         self.files.sync_folder(self.damaged)
         self.files.sync_folder(path.parent)
         return f"damaged/{target.name}"
+
+    def _make_damaged(self) -> None:
+        """What goes by this folder's name and is none is moved into it."""
+        kind = self.files.kind(self.damaged)
+        if kind == "folder":
+            return
+        stranger = self.folder / f"damaged-{secrets.token_hex(4)}"
+        if kind:
+            self.files.rename(self.damaged, stranger)
+        self.files.make_folder(self.damaged)
+        if kind:
+            self.files.rename(stranger, self.damaged / "damaged")
+        self.files.sync_folder(self.folder)
 
     def check_room(self) -> None:
         """Raises ResourceError, before minutes of work, if the disk is too full to keep their result."""

@@ -21,7 +21,7 @@ SCHEMA = 1
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 MAX_BYTES = 2**20
 
-NAME = re.compile(r"([0-9]{6,7})\.json")
+NAME = re.compile(r"([0-9]{6}|[1-9][0-9]{6})\.json")
 LAST = 9_999_999
 _HEAD, _MIDDLE, _TAIL = b'{"body": ', b',\n"sha256": "', b'"}\n'
 _SHA = re.compile(r"[0-9a-f]{64}")
