@@ -180,12 +180,12 @@ class EditSession:
         """
         return result_again(self._store, self.node(id))
 
-    def start(self, id: int | None = None) -> EditResult | Image.Image:
-        """What `image=` of an edit of this node should be: the result with its latents, or a source's picture."""
-        return self._start(self.node(id))[0]
+    def start(self, id: int | None = None) -> tuple[EditResult | Image.Image, tuple[str, ...]]:
+        """What `image=` of an edit of this node should be, and what the user should know about it.
 
-    def _start(self, node: Node) -> tuple[EditResult | Image.Image, tuple[str, ...]]:
-        """`start`, and what the user should know about it."""
+        A result with its latents, or the picture of a source. Raises SessionError if the picture is damaged or gone.
+        """
+        node = self.node(id)
         if node.kind == "source":
             return self.picture(node.id), ()
         try:
@@ -193,6 +193,10 @@ class EditSession:
         except SessionError as error:
             # Not the picture's file, or this raises as well: an edit from the pixels is worse, but it is one.
             return self.picture(node.id), (f"started from pixels instead of latents: {error}",)
+
+    def file(self, id: int | None = None) -> Path:
+        """The PNG of a node; it is the session's own, so copy it rather than change it."""
+        return self._store.object_path(f"{self.node(id).image}.png")
 
     # --- edits ---
 
@@ -209,7 +213,7 @@ class EditSession:
     def stream(self, pipe: Editor, prompt: str, *, parent: int | None = None, **options: Any) -> Iterator[Step]:
         """`edit` as a generator of Steps; a Step arrives with its result only when the result is on the disk."""
         node = self.node(parent)
-        start, notices = self._start(node)
+        start, notices = self.start(node.id)
         return self._carry_out(pipe, EditRequest.of(start, prompt, **options), node, None, notices)
 
     def stream_queued(self, pipe: Editor) -> Iterator[Step]:
@@ -218,7 +222,7 @@ class EditSession:
             raise SessionError("the queue is empty")
         first = self.queue[0]
         node = self.node(first.parent)
-        start, notices = self._start(node)
+        start, notices = self.start(node.id)
         return self._carry_out(pipe, self._filled(first, start), node, first.id, notices)
 
     def _carry_out(
@@ -330,7 +334,7 @@ class EditSession:
     def request(self, item: int) -> EditRequest:
         """What a queued edit asks for, its picture filled in: for `pipe.stream(...)` here or in another process."""
         queued = self._queued(item)
-        return self._filled(queued, self.start(queued.parent))
+        return self._filled(queued, self.start(queued.parent)[0])
 
     def _filled(self, queued: Queued, start: EditResult | Image.Image) -> EditRequest:
         try:
@@ -370,18 +374,22 @@ class EditSession:
     def export(self, id: int | None, template: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Save a node's picture as PNG, JPEG or WebP, with what made it inside; returns the path.
 
-        template: a path with {name} (of the source), {node}, {seed}, {prompt}, {date} where wanted. Raises RequestError for
-        other fields, a source, a name that is taken (unless `overwrite`), an unwritable place.
+        template: as in `named`. Raises RequestError for a source, a name that is taken (unless `overwrite`), an unwritable
+        place.
         """
         from .provenance import save_image
 
         node = self.node(id)
         if node.kind == "source":
             raise RequestError(f"picture {node.id} is the one the session began with; nothing was made yet to export")
-        sources = [each.name for each in self.path(node.id) if each.name]
-        path = Path(fill(os.fspath(template), node, sources[0] if sources else self.folder.name)).expanduser()
-        image = self.picture(node.id)
+        path, image = self.named(node.id, template), self.picture(node.id)
         return save_image(image, path, record(self._store, node, image), overwrite=overwrite)
+
+    def named(self, id: int | None, template: str | os.PathLike[str]) -> Path:
+        """A path with {name} (of the source), {node}, {seed}, {prompt}, {date} filled in. Raises RequestError for others."""
+        node = self.node(id)
+        sources = [each.name for each in self.path(node.id) if each.name]
+        return Path(fill(os.fspath(template), node, sources[0] if sources else self.folder.name)).expanduser()
 
     # --- upkeep ---
 

@@ -246,7 +246,7 @@ def test_a_damaged_object_is_set_aside(folder: Path, name: str, suffix: str) -> 
         with pytest.raises(SessionError, match=f"the {what} of picture 2 cannot be used"):
             session.result(2)
         if suffix == "safetensors":
-            assert session.start(2).size == (16, 16)  # from the pixels, then
+            assert session.start(2)[0].size == (16, 16)  # from the pixels, then
         report = session.check()
         kinds = sorted(f.kind for f in report.findings if f.kind != "foreign")
         assert kinds == (["missing"] if name == "missing" else ["damaged", "missing"]) and not report.sound
@@ -343,7 +343,7 @@ def test_a_request_of_a_stranger_is_checked_when_it_is_used(folder: Path) -> Non
         assert session.node(2).prompt == "x"
         with pytest.raises(SessionError, match=r"the request of picture 2 is none .unknown keys"):
             session.result(2)
-        assert session.start(2).size == (16, 16)
+        assert session.start(2)[0].size == (16, 16)
         with pytest.raises(SessionError, match="the request of picture 2 is none"):
             session.export(2, folder.parent / "x.png")
 
