@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -258,7 +258,7 @@ def session_edit(folder: str, at: int | None, image: str | None, prompt: str | N
             raise click.UsageError(
                 f"{folder} holds no session yet; begin it with a picture: edit IMAGE PROMPT --session {folder}"
             )
-        if image != "-" and Path(image).is_file():
+        if os.path.isfile(image):
             raise click.UsageError(f"Missing argument 'PROMPT'; {image} is a picture, say what to change as well.")
         image, prompt = None, image
     if not begun and (image is None or at):
@@ -266,6 +266,7 @@ def session_edit(folder: str, at: int | None, image: str | None, prompt: str | N
     with EditSession.open(folder) if begun else EditSession.create(folder, image) as session:
         if not session.lock.held:
             raise SessionError(f"{session.folder} cannot be added to: {session.lock.reason}")
+        session.check_writable()
         tell(session)
         node = session.node(at)
         if begun and image is not None:
@@ -273,10 +274,10 @@ def session_edit(folder: str, at: int | None, image: str | None, prompt: str | N
         start, notices = session.start(node.id)
         for notice in notices:
             say(f"note: {notice}")
-        say(f"editing picture {node.id} of {session.folder}" + (f": {node.prompt}" if node.prompt else ""))
+        say(one_line(f"editing picture {node.id} of {session.folder}" + (f": {node.prompt}" if node.prompt else "")))
 
         def keep(result: EditResult) -> dict[str, Any]:
-            made = session.append(result, parent=node.id)
+            made = session.append(replace(result, notices=result.notices + notices), parent=node.id)
             say(f"picture {made.id}")
             return {"session": str(session.folder), "picture": made.id, "path": str(session.file(made.id))}
 

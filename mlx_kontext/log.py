@@ -74,7 +74,10 @@ class Log:
     def check(self) -> Report:
         """As `upkeep.check`, which may set turns aside; then all is read anew."""
         with self._busy:
-            report = check(self.store, mend=self.lock.held)
+            try:
+                report = check(self.store, mend=self.lock.held)
+            except OSError as error:  # of the disk, or a folder that may not be read: what is damaged is in the report
+                raise self.store.explain(error, "cannot be read") from error
             self._forget()
             self.refresh()
             return report

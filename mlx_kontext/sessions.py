@@ -86,7 +86,11 @@ class EditSession:
         Damaged turns are told in `damage` and left out. Raises SessionError if the folder holds no session.
         """
         store = Store(folder, files)
-        if not store.files.kind(store.turns):
+        try:
+            begun = store.files.kind(store.turns)
+        except OSError as error:
+            raise store.explain(error, "cannot be read") from error
+        if not begun:
             raise SessionError(f"{store.folder} holds no edit session; name another folder, or create one there")
         session = cls(store, Lock(False, "it was opened for reading") if readonly else store.take_lock())
         try:
@@ -98,9 +102,9 @@ class EditSession:
 
     @staticmethod
     def _check_empty(store: Store) -> None:
-        if store.files.kind(store.folder) != "folder":
-            return
         try:
+            if store.files.kind(store.folder) != "folder":
+                return
             if store.numbers():
                 raise SessionError(f"{store.folder} holds a session already; open it, or name another folder")
             # What a creation that was cut short leaves is no obstacle.
@@ -200,6 +204,11 @@ class EditSession:
 
     # --- edits ---
 
+    def check_writable(self) -> None:
+        """Raises now what `append` would raise after minutes of work: SessionError, or ResourceError on a full disk."""
+        self._log.check_writable()
+        self._store.check_room()
+
     def edit(
         self, pipe: Editor, prompt: str, *, parent: int | None = None, **options: Any
     ) -> EditResult | list[EditResult]:
@@ -228,8 +237,7 @@ class EditSession:
     def _carry_out(
         self, pipe: Editor, request: EditRequest, node: Node, item: int | None, notices: tuple[str, ...]
     ) -> Iterator[Step]:
-        self._log.check_writable()
-        self._store.check_room()
+        self.check_writable()
         steps = pipe.stream(request)
 
         def kept() -> Iterator[Step]:

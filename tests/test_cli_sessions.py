@@ -151,6 +151,28 @@ def test_session_mistakes(run: Run, session: Path, arguments: list[str], words: 
     assert (ran.code, ran.out) == (1, "") and words in ran.error
 
 
+def test_long_words_are_prompts_and_no_files(run: Run, session: Path) -> None:
+    ran = run("edit", "make it red " * 100, "--session", "s", "-o", "out.txt")
+    assert ran.code == 2 and "ends in none of .png" in ran.error
+    ran = run("edit", SAMPLE, "x", "--session", "n" * 300)
+    assert ran.code == 1 and "File name too long" in ran.error
+
+
+def test_a_full_disk_is_told_before_any_work(run: Run, session: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_kontext.disk.Files.free", lambda *_: 10**6)
+    ran = run("edit", "make it red", "--session", "s", *DEMO)
+    assert ran.code == 4 and "1 MB are free on its disk" in ran.error and "opening" not in ran.err
+
+
+def test_lost_latents_are_told(run: Run, session: Path) -> None:
+    with EditSession.open("s", readonly=True) as opened:
+        (session / "objects" / f"{opened.current.latents}.safetensors").unlink()
+    ran = run("edit", "make it red", "--session", "s", *DEMO)
+    assert ran.code == 0 and "note: started from pixels instead of latents" in ran.err
+    with EditSession.open("s", readonly=True) as opened:
+        assert any("started from pixels" in notice for notice in opened.current.notices)
+
+
 def test_a_session_in_use(run: Run, session: Path) -> None:
     with EditSession.open(session):
         ran = run("edit", "make it red", "--session", "s", *DEMO)
