@@ -19,6 +19,7 @@ _HOME = {
     "EditRequest": "edit",
     "EditResult": "edit",
     "Step": "edit",
+    "EditSession": "sessions",
     "KontextError": "errors",
     "RequestError": "errors",
     "ImageError": "errors",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         SessionError,
     )
     from .pipeline import KontextPipeline
+    from .sessions import EditSession
 
 
 def __getattr__(name: str) -> Any:

@@ -24,11 +24,12 @@ import click
 from . import __version__
 from .cli_convert import convert, source_options
 from .cli_models import models
+from .cli_sessions import one_line, photo_paths, session_edit, sessions
 from .errors import KontextError, RequestError
 from .terminal import safe_text, say
 
 if TYPE_CHECKING:
-    from .edit import EditRequest, EditResult
+    from .edit import EditRequest, EditResult, Step
     from .pipeline import KontextPipeline
 
 INTERRUPTED = 130
@@ -55,14 +56,13 @@ def cli(context: click.Context) -> None:
 
 cli.add_command(convert)
 cli.add_command(models)
+cli.add_command(sessions)
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What `edit` and `generate` have in common. No defaults here: what is not typed may come from a record or the model."""
     options = [
-        click.option(
-            "-o", "--output", required=True, metavar="OUT", help="PNG, JPEG or WebP; {seed} is filled in; - is stdout."
-        ),
+        click.option("-o", "--output", metavar="OUT", help="PNG, JPEG or WebP; {seed} is filled in; - is stdout."),
         click.option(
             "-m", "--model", metavar="M", help="demo, a folder, a file, or a hub id. Default: see `mlx-kontext config`."
         ),
@@ -110,15 +110,35 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cli.command()
-@click.argument("image")
+@click.argument("image", required=False)
 @click.argument("prompt", required=False)
 @click.option("--from", "source", metavar="PICTURE", help="Repeat what made PICTURE; options typed here win.")
 @click.option(
     "--no-auto-resize", "no_auto_resize", is_flag=True, help="Keep the input's own size instead of its bucket."
 )
+@click.option("--session", metavar="DIR", help="Keep the results in DIR: begins with IMAGE, later goes on (no IMAGE).")
+@click.option("--at", type=int, metavar="N", help="With --session: edit its picture N (0: the first), not the current.")
 @shared_options
-def edit(image: str, prompt: str | None, source: str | None, no_auto_resize: bool, **options: Any) -> None:
-    """Edit IMAGE as PROMPT says (- reads the prompt from stdin)."""
+def edit(
+    image: str | None,
+    prompt: str | None,
+    source: str | None,
+    no_auto_resize: bool,
+    session: str | None,
+    at: int | None,
+    **options: Any,
+) -> None:
+    """Edit IMAGE as PROMPT says (- reads the prompt from stdin).
+
+    \b
+    mlx-kontext edit cat.jpg "give it a red scarf" -o scarf.png
+    mlx-kontext edit cat.jpg "give it a red scarf" --session cats     begins a session
+    mlx-kontext edit "make it snow" --session cats                    goes on from the last result
+    """
+    if session is None and image is None:
+        raise click.UsageError("Missing argument 'IMAGE'.")
+    if session is None and at is not None:
+        raise click.UsageError("--at needs --session.")
     values: dict[str, Any] = {}
     made_with: dict[str, str] = {}
     if source is not None:
@@ -127,11 +147,15 @@ def edit(image: str, prompt: str | None, source: str | None, no_auto_resize: boo
         record = read_record(Path(source))
         made_with = model_of(record)
         values = {k: v for k, v in record["request"].items() if k not in ("image", "image_sha256")}
-    elif prompt is None:
+    elif prompt is None and session is None:
         raise click.UsageError("Missing argument 'PROMPT'; say what to change, or repeat a picture's with --from.")
     if no_auto_resize:
         values["auto_resize"] = False
-    run(image, prompt, values, made_with, **options)
+    if session is None:
+        run(image, prompt, values, made_with, **options)
+        return
+    with session_edit(session, at, image, prompt, repeats=source is not None) as place:
+        run(place.start, place.prompt, values, made_with or place.made_with, keep=place.keep, **options)
 
 
 @cli.command()
@@ -144,13 +168,52 @@ def generate(prompt: str, **options: Any) -> None:
     run(None, prompt, {}, {}, **options)
 
 
+@cli.command("run")
+@click.argument("recipe")
+@click.argument("photos", metavar="PHOTO...", nargs=-1, required=True)
+@click.option("-o", "--output", required=True, metavar="DIR", help="Where the pictures go, under the photos' names.")
+@click.option("-m", "--model", metavar="M", help="As of `edit`. Default: the recipe's.")
+@source_options
+@click.option("-q", "--quantize", metavar="SCHEME", help="As of `edit`.")
+@click.option("--dtype", metavar="D", help="As of `edit`.")
+@click.option("--overwrite", is_flag=True, help="Replace pictures that exist.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a picture on stdout.")
+def run_recipe(
+    recipe: str,
+    photos: tuple[str, ...],
+    output: str,
+    model: str | None,
+    quantize: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    as_json: bool,
+    **sources: Any,
+) -> None:
+    """Repeat the edits of RECIPE, which `sessions export SESSION -o RECIPE.toml` writes, on every PHOTO."""
+    from .config import settings
+    from .recipes import Recipe
+
+    edits = Recipe.read(recipe)
+    paths = photo_paths(photos, output, overwrite)
+    configured = settings()
+    model = model or reusable_name({"name": edits.model}) or configured["model"].value
+    pipe = open_model(model, dtype or configured["dtype"].value or None, quantize, sources)
+    for photo, path in paths.items():
+        *_, last = results(edits.stream(pipe, photo), len(edits.steps))
+        last.save(path, overwrite=overwrite)
+        say(f"{photo}: {len(edits.steps)} edits")
+        about = last.to_json() | {"photo": photo, "path": str(path)}
+        click.echo(json.dumps(about) if as_json else one_line(str(path)))
+
+
 def run(
-    image: str | None,
+    image: Any,
     prompt: str | None,
     values: dict[str, Any],
     made_with: dict[str, str],
     *,
-    output: str,
+    keep: Callable[[EditResult], dict[str, Any]] | None = None,
+    output: str | None,
     model: str | None,
     size: str | None,
     dtype: str | None,
@@ -159,7 +222,12 @@ def run(
     as_json: bool,
     **typed: Any,
 ) -> None:
-    """One request from the words typed over the values of a record, then every result as it is ready."""
+    """One request from the words typed over the values of a record, then every result as it is ready.
+
+    keep: adds a result to a session and returns what the JSON line should say of it; then `output` may be None.
+    """
+    if output is None and keep is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
     from .config import settings
     from .edit import EditRequest
 
@@ -178,8 +246,8 @@ def run(
     request = EditRequest.from_json(values, image=image)
     # drawn here and not later, so that the names of the outputs are known before any work is done
     request = dataclasses.replace(request, seed=request.seeds or (secrets.randbelow(2**32),))
-    paths = output_paths(output, request.seeds, overwrite, as_json)
-    if image is not None:
+    paths = output_paths(output, request.seeds, overwrite, as_json) if output is not None else {}
+    if isinstance(image, str):
         from .photo import read_photo
 
         read_photo(image)  # a bad picture is told before gigabytes of model are opened
@@ -192,31 +260,38 @@ def run(
     if aspect:
         request = with_aspect(request, pipe, aspect)
 
-    for result in results(pipe, request):
-        path = write(result, paths[result.seed], overwrite)
+    for result in results(pipe.stream(request), len(request.seeds)):
+        kept = keep(result) if keep is not None else {}
+        path = write(result, paths[result.seed], overwrite) if paths else kept["path"]
         say(f"seed {result.seed}, {result.seconds:.1f} s")
         if as_json:
-            record = result.to_json() | {
-                "path": path,
-                "seconds": round(result.seconds, 3),
-                "notices": list(result.notices),
-            }
+            record = (
+                result.to_json()
+                | kept
+                | {
+                    "path": path,
+                    "seconds": round(result.seconds, 3),
+                    "notices": list(result.notices),
+                }
+            )
             click.echo(json.dumps(record))
         elif path != "-":
             click.echo(safe_text(path))
 
 
-def results(pipe: KontextPipeline, request: EditRequest) -> Iterator[EditResult]:
-    """Run the request under a progress bar; Ctrl-C ends it after the present step, a second one at once."""
+def results(steps: Iterator[Step], edits: int) -> Iterator[EditResult]:
+    """Take the steps of so many edits under a progress bar; Ctrl-C ends them after the present one, a second one at once."""
     from tqdm import tqdm
 
+    told: set[str] = set()
     with interruptible() as interrupted, tqdm(disable=not sys.stderr.isatty(), unit="step", leave=False) as bar:
-        for step in pipe.stream(request):
-            if step.index == 1 and step.seed == request.seeds[0]:
-                bar.clear()
-                for notice in step.notices:  # while Ctrl-C still saves the minutes of an edit
+        for step in steps:
+            for notice in step.notices:  # at the first step, while Ctrl-C still saves the minutes of an edit
+                if notice not in told:
+                    bar.clear()
                     say(f"note: {notice}")
-            bar.total = step.total * len(request.seeds)
+                    told.add(notice)
+            bar.total = step.total * edits
             bar.set_postfix_str(f"seed {step.seed}", refresh=False)
             bar.update()
             if step.result is not None:

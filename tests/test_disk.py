@@ -73,7 +73,7 @@ def test_the_temporary_file_has_the_suffix_and_goes_when_the_writer_fails(tmp_pa
         (errno.EIO, RequestError, "cannot be written"),
     ],
 )
-@pytest.mark.parametrize(("module", "call"), [(os, "open"), (disk, "_sync"), (os, "replace")])
+@pytest.mark.parametrize(("module", "call"), [(os, "open"), (disk, "sync"), (os, "replace")])
 def test_each_failing_call_is_one_line_and_leaves_the_old_file(
     tmp_path, monkeypatch, number, kind, words, module, call
 ):

@@ -137,7 +137,7 @@ def test_files_are_replaced_only_on_request_and_whole(tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlx_kontext.disk._sync", full)
+    monkeypatch.setattr("mlx_kontext.disk.sync", full)
     with pytest.raises(ResourceError, match="the disk is full"):
         save_image(PICTURE, path, record("three"), overwrite=True)
     assert read_record(path) == record("two")

@@ -16,28 +16,18 @@ import mlx_kontext
 PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
-    {"cli", "cli_models", "cli_convert", "__main__", "doctor", "inspection"},
+    {"cli", "cli_models", "cli_convert", "cli_sessions", "__main__", "doctor", "inspection"},
     {"pipeline", "convert"},
     {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
-    | {"hub", "hub_errors", "cached", "card"},
+    | {"hub", "hub_errors", "cached", "card"}
+    | {"sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
 ]
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
-WITHOUT_MLX = [
-    "edit",
-    "errors",
-    "disk",
-    "provenance",
-    "image",
-    "photo",
-    "config",
-    "hub",
-    "cli",
-    "cli_convert",
-    "cached",
-    "card",
-]
+WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cached", "card"]
+WITHOUT_MLX += ["sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns"]
+WITHOUT_MLX += ["cli", "cli_convert", "cli_sessions"]
 
 
 def modules() -> dict[str, Path]:
@@ -123,6 +113,7 @@ def test_public_names() -> None:
             "EditRequest",
             "EditResult",
             "Step",
+            "EditSession",
             "KontextError",
             "RequestError",
             "ImageError",
