@@ -91,7 +91,7 @@ def edit_with(pipe: KontextPipeline, loras: tuple[str, ...] | list[str]) -> np.n
 @pytest.fixture(autouse=True)
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dozens of small models are written here; that they are synced is tested elsewhere."""
-    monkeypatch.setattr(disk, "_sync", lambda _: None)
+    monkeypatch.setattr(disk, "sync", lambda _: None)
 
 
 @pytest.fixture(scope="module")

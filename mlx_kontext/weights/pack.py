@@ -71,7 +71,8 @@ def scale_dtype(weight: mx.array, name: str) -> mx.Dtype:
 
     At 8 bits a bf16 scale errs as much as the rounding of the weight: relative error 0.8 % with bf16, 0.5 % with fp16.
     """
-    largest = float(mx.maximum(weight.max(), -weight.min()).astype(mx.float32).item())  # type: ignore[arg-type]
+    # by columns first: MLX reduces that way ten times faster on a CPU
+    largest = float(mx.maximum(weight.max(axis=0), -weight.min(axis=0)).astype(mx.float32).max().item())  # type: ignore[arg-type]
     if not largest < float("inf"):
         raise CheckpointError(f"{name} holds numbers that are not finite; download the model again")
     # below the first bound even the largest step of an 8-bit group is a denormal of fp16; zeros fit any
