@@ -103,7 +103,12 @@ def write_source(folder: Path, depth: float) -> None:
 
     some = lambda count: max(1, round(depth * count))  # noqa: E731
     flux = {"num_layers": some(19), "num_single_layers": some(38), "guidance_embeds": True}
-    levels = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16, "scaling_factor": 0.3611}
+    levels = {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "scaling_factor": 0.3611,
+    }
     plain = {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159}
     downs = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": some(24), "num_heads": 64, "vocab_size": 32128}
@@ -135,7 +140,9 @@ def write_source(folder: Path, depth: float) -> None:
         write_json(folder / part / "config.json", json.loads(json.dumps(dict(config), default=str)))
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         shapes.pop("encoder.embed_tokens.weight", None)
-        planned = into_shards({name: (mx.bfloat16, shape) for name, shape in shapes.items() if "position_ids" not in name})
+        planned = into_shards(
+            {name: (mx.bfloat16, shape) for name, shape in shapes.items() if "position_ids" not in name}
+        )
         for shard in planned:
             write_shard(folder / part, shard, lambda name, shapes=shapes: made(shapes[name]))
         if len(planned) > 1:
@@ -173,7 +180,9 @@ def killed(source: Path, folder: Path, scheme: str, seconds: float, moments: lis
     whole = []
     for i, moment in enumerate(moments):
         wait = seconds * (moment - (moments[i - 1] if i else 0))
-        process = subprocess.Popen([sys.executable, "-c", CONVERT, str(source), str(folder), scheme], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, "-c", CONVERT, str(source), str(folder), scheme], stdout=subprocess.DEVNULL
+        )
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:

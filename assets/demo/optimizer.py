@@ -13,7 +13,8 @@ class Optimizer:
     """Trains the parameters of `modules` with gradients averaged over all ranks; keeps a slow average of the parameters.
 
     is_matrix: which parameters Muon orthogonalises (https://kellerjordan.github.io/posts/muon; convolutions as
-    [out, in * k * k]), its step scaled to AdamW's usual size. rate: AdamW's learning rate, muon_rate: Muon's.
+    [out, in * k * k]), its step scaled to AdamW's usual size. rate: AdamW's learning rate, muon_rate: Muon's; faster: times
+    which a parameter of AdamW's learns faster.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class Optimizer:
         betas: tuple[float, float] = (0.9, 0.98),
         average: float = 0.998,
         decay: float = 0.01,
+        faster: Callable[[str], float] = lambda _: 1.0,
     ):
         named = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in named]
@@ -34,12 +36,14 @@ class Optimizer:
         for p, flat in zip(self.parameters, self.gradient.split(sizes), strict=True):
             p.grad = flat.view_as(p)
         self.matrices: dict[torch.Size, list[Tensor]] = defaultdict(list)  # of one shape, stepped together
-        self.others = []
+        self.others: list[Tensor] = []
+        self.faster: list[float] = []
         for name, p in named:
             if is_matrix(name, p):
                 self.matrices[p.flatten(1).shape].append(p)
             else:
                 self.others.append(p)
+                self.faster.append(faster(name))
         self.momentum = {shape: torch.zeros(len(ps), *shape) for shape, ps in self.matrices.items()}
         self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.others]
         self.slow = [p.detach().clone() for p in self.parameters]
@@ -89,7 +93,8 @@ class Optimizer:
         size = torch._foreach_sqrt(second)
         torch._foreach_mul_(size, 1 / math.sqrt(1 - b2**self.steps))
         torch._foreach_add_(size, 1e-8)
-        torch._foreach_addcdiv_(self.others, first, size, -rate / (1 - b1**self.steps))
+        rates = [-rate * faster / (1 - b1**self.steps) for faster in self.faster]
+        torch._foreach_addcdiv_(self.others, first, size, rates)
 
     def state(self) -> dict:
         return {

@@ -4,7 +4,7 @@ Needs the `test` extra (torch, diffusers, transformers) and a C++ compiler. Thre
 skipped when it is done; what lies between is kept in `--work`:
 
   1. the VAE, on rendered scenes (vae.py)
-  2. a pool of edits as latents (flow.py)
+  2. a pool of edits and one of pictures from nothing, as latents (flow.py)
   3. transformer, T5 and CLIP together, on the pool (flow.py)
 
 Each stage is seeded. Ranks, of one thread each, split every batch and add up their gradients. At the end, or at any time with
@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from flow import Model, make_pool, train_flow  # noqa: E402
+from flow import Model, make_pictures, make_pool, train_flow  # noqa: E402
 from optimizer import Optimizer  # noqa: E402
 from scenes import GRIDS  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -42,13 +42,15 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         dist.init_process_group("gloo", f"file://{args.work}/ranks", rank=rank, world_size=args.ranks)
     stage = partial(run, args.work, rank, args.ranks)
     vae = train_vae(stage, args)
-    pools = []
+    pools, pictures = [], []
     for grid in GRIDS:
-        name = f"pool-{grid[0]}x{grid[1]}-{rank}"
+        name = f"{grid[0]}x{grid[1]}-{rank}"
         scenes = args.scenes // args.ranks // (2 if grid == (2, 2) else 4)
-        pools.append(kept(args.work / f"{name}.pt", partial(make_pool, vae, grid, scenes, name)))
+        pools.append(kept(args.work / f"pool-{name}.pt", partial(make_pool, vae, grid, scenes, f"pool-{name}")))
+        made = partial(make_pictures, vae, grid, scenes // 2, f"pictures-{name}")
+        pictures.append(kept(args.work / f"pictures-{name}.pt", made))
     model = Model()
-    train_flow(stage, args, pools, model)
+    train_flow(stage, args, pools, pictures, model)
     if rank == 0:
         from export import export
 
@@ -109,7 +111,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=10000)
     parser.add_argument("--vae-batch", type=int, default=4, help="pictures a step and rank")
     parser.add_argument("--scenes", type=int, default=24000, help="scenes in the pool, four edits each")
-    parser.add_argument("--flow-steps", type=int, default=9800)
+    parser.add_argument("--flow-steps", type=int, default=13000)
     parser.add_argument("--batch", type=int, default=32, help="edits a step and rank")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="if there is no C++ compiler")
     parser.add_argument("--export", action="store_true", help="write the model as far as it is trained, and stop")
