@@ -277,10 +277,11 @@ def convert_checkpoint(
 ) -> Path:
     """Write any checkpoint we read as a folder of ours, tensor by tensor, and return the folder.
 
-    source: a folder, a single file, a hub id or "demo", or None if all four parts are given; sources: parts from elsewhere and how to find a hub id, as in
-    `KontextPipeline.from_pretrained` (transformer, vae, text_encoder, text_encoder_2, tokenizers, config, revision, token,
-    local_files_only). quantize: "q8", "q6", "q4m", "q4", a number of bits, or a Scheme. dtype: of what is not packed; by
-    default as stored, fp8 and GGUF as bfloat16. loras: added for good, as in `EditRequest`. verify: read all of it again.
+    source: a folder, a single file, a hub id or "demo", or None if all four parts are given; sources: parts from elsewhere
+    and how to find a hub id, as in `KontextPipeline.from_pretrained` (transformer, vae, text_encoder, text_encoder_2,
+    tokenizers, config, revision, token, local_files_only). quantize: "q8", "q6", "q4m", "q4", a number of bits, or a Scheme.
+    dtype: of what is not packed; by default as stored, fp8 and GGUF as bfloat16. loras: added for good, as in `EditRequest`.
+    verify: read all of it again.
     An interrupted conversion goes on where it stopped; a finished one is left as it is.
 
     Raises RequestError, CheckpointError, AdapterError, ModelNotFound, and ResourceError before the start if room is short.

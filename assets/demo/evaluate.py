@@ -112,7 +112,7 @@ def pipe() -> Any:
     if not _PIPE:
         from mlx_kontext import KontextPipeline
 
-        _PIPE.append(KontextPipeline.from_pretrained(OPTIONS["model"]))
+        _PIPE.append(KontextPipeline.from_pretrained(OPTIONS["model"], quantize=OPTIONS["quantize"]))
     return _PIPE[0]
 
 
@@ -173,6 +173,7 @@ def right_share(results: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(HERE / "model"), help="model folder (default: the one beside this file)")
+    parser.add_argument("-q", "--quantize", metavar="SCHEME", help="q8, q6, q4m, q4: judge the quantized model")
     parser.add_argument("--only", nargs="*", help="names of sections to run (default: all)")
     parser.add_argument("--share", type=float, default=1.0, help="of each section's edits, for a quick look")
     parser.add_argument("--processes", type=int, default=2)
@@ -198,11 +199,11 @@ def main() -> None:
         "control: input handed back": (single, tasks(100, {"manner": "nothing"}), right_share),
         "control: another prompt, 8 steps": (single, tasks(100, quick | {"manner": "another prompt"}), right_share),
         "text to image, one shape, 28 steps": (generated, tasks(300, full | {"shapes": 1}), right_share),
-        "text to image, two shapes, 28 steps": (generated, tasks(100, full | {"shapes": 2}), right_share),
+        "text to image, two shapes, 28 steps": (generated, tasks(300, full | {"shapes": 2}), right_share),
         "chains of five, 28 steps": (chain, tasks(300, full), chain_summary),
     }
     kept: dict[str, Any] = {}
-    with multiprocessing.get_context("spawn").Pool(args.processes, start, ({"model": args.model},)) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.processes, start, ({"model": args.model, "quantize": args.quantize},)) as pool:
         for name, (work, todo, summarize) in sections.items():
             if args.only and not any(name.startswith(only) for only in args.only):
                 continue
