@@ -17,14 +17,15 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
     {"cli", "cli_models", "__main__", "doctor", "inspection"},
-    {"pipeline"},
+    {"pipeline", "engine", "engine_process", "worker"},
     {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
-    | {"hub", "hub_errors", "cached", "card"},
+    | {"hub", "hub_errors", "cached", "card", "messages", "wire", "awake"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
 ]
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
 WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cli", "cached", "card"]
+WITHOUT_MLX += ["engine", "engine_process", "worker", "messages", "wire", "awake"]
 
 
 def modules() -> dict[str, Path]:
