@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from .weights.load import Checkpoint
 from .weights.save import save_checkpoint
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")
+_SPOKEN = {"transformer": "the transformer", "vae": "the VAE", "text_encoder": "CLIP", "text_encoder_2": "T5"}
 _TARGET, _REFERENCE = 0, 1  # first position axis: the planes the model was trained with
 _PREVIEW_LATENTS = 64  # a preview decodes at most so many a side, 512 pixels
 
@@ -72,6 +73,8 @@ class KontextPipeline:
         self._parts: dict[str, Any] = {}
         self._loras = LoraFiles(self._flux_config, self.dtype)
         self._attached: Adapters = ()
+        self.phase = ""
+        """What the edit under way is busy with, in words; any thread may read it, as the engine's heartbeat does."""
         vocabulary = checkpoint.t5_vocabulary()
         t5 = checkpoint.where("text_encoder_2") if vocabulary else checkpoint.tokenizer("tokenizer_2")
         clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"))
@@ -147,7 +150,7 @@ class KontextPipeline:
         results = [step.result for step in self.stream(request) if step.result is not None]
         return results if isinstance(request.seed, Sequence) else results[0]
 
-    def stream(self, image: Any = None, prompt: str | None = None, **options: Any) -> Iterator[Step]:
+    def stream(self, image: Any = None, prompt: str | None = None, **options: Any) -> Generator[Step]:
         """The same edit as a generator of Steps, the last of each seed carrying `.result`; close it to cancel.
 
         The request is checked here, before the first step is asked for.
@@ -158,11 +161,11 @@ class KontextPipeline:
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise KontextError(
-                "this pipeline was made on another thread and MLX's arrays cannot change threads; "
-                "make it and call it on one thread"
+                "this pipeline was made on another thread and MLX's arrays cannot change threads; make it and call it on "
+                "one thread, or use mlx_kontext.engine.Engine, which any thread may call"
             )
 
-    def _story(self, request: EditRequest) -> Iterator[Step]:
+    def _story(self, request: EditRequest) -> Generator[Step]:
         """One edit: the picture, the prompt, the schedule, the loop, the picture."""
         self._check_thread()  # again, now that the first step is asked for
         started = time.perf_counter()
@@ -203,6 +206,7 @@ class KontextPipeline:
 
         def velocity(i: int, x: mx.array) -> mx.array:
             """[1, N, 64] of the target tokens; the reference only looks on."""
+            self.phase = "denoising"
             tokens = (x if reference is None else mx.concatenate([x, reference], axis=1)).astype(self.dtype)
             flux = self._flux_with(adapters)  # at each step: another edit may run between two steps of this one
             wanted, *unwanted = (
@@ -281,6 +285,7 @@ class KontextPipeline:
 
     def _photo(self, request: EditRequest, notices: list[str]) -> Image.Image | None:
         """The input picture upright, sRGB and opaque."""
+        self.phase = "reading the picture"
         if request.image is None:
             return None
         if isinstance(request.image, EditResult):
@@ -327,6 +332,7 @@ class KontextPipeline:
         return height // multiple, width // multiple
 
     def _read_prompt(self, prompt: str, request: EditRequest, budget: Plan, notices: list[str]) -> Conditioning:
+        self.phase = "reading the prompt"
         length = request.max_sequence_length or 0
         if not budget.keep_all and not self.text.knows(prompt, length):
             self._release("transformer")
@@ -339,6 +345,7 @@ class KontextPipeline:
 
     def _reference(self, request: EditRequest, photo: Image.Image, size: tuple[int, int]) -> mx.array:
         """The input as tokens [1, N, 64]: an earlier result's own latents if they still are that picture, else encoded."""
+        self.phase = "encoding the picture"
         earlier = request.image
         if (
             isinstance(earlier, EditResult)
@@ -399,6 +406,7 @@ class KontextPipeline:
         seconds: float,
         notices: tuple[str, ...],
     ) -> EditResult:
+        self.phase = "decoding"
         decoded = self.vae.decode(unpack(x, 2 * grid[0], 2 * grid[1]))
         mx.eval(decoded)
         pixels = np.array(decoded)
@@ -434,7 +442,9 @@ class KontextPipeline:
 
     def _part(self, part: str) -> Any:
         if part not in self._parts:
+            before, self.phase = self.phase, f"loading {_SPOKEN[part]}"
             self._parts[part] = self.checkpoint.model(part, part_dtype(part, self.dtype))
+            self.phase = before
             if part == "transformer":
                 self._attached = ()
         return self._parts[part]

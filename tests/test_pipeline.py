@@ -177,7 +177,26 @@ def test_another_thread_is_refused(pipe: KontextPipeline) -> None:
     thread = threading.Thread(target=use)
     thread.start()
     thread.join()
-    assert len(errors) == 2 and all("one thread" in error for error in errors)
+    assert len(errors) == 2 and all("mlx_kontext.engine.Engine, which any thread may call" in error for error in errors)
+
+
+def test_the_phase_tells_what_an_edit_is_busy_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+    before = KontextPipeline.__setattr__
+
+    def noted(self: KontextPipeline, name: str, value: object) -> None:
+        if name == "phase" and value not in phases[-1:]:
+            phases.append(str(value))
+        before(self, name, value)
+
+    monkeypatch.setattr(KontextPipeline, "__setattr__", noted)
+    pipe = KontextPipeline.from_pretrained("demo")
+    pipe(image=SAMPLE, prompt=PROMPT, seed=[1, 2], num_inference_steps=1)
+    spoken = [phase for phase in phases if not phase.startswith("loading ")]
+    once = ["", "reading the picture", "reading the prompt", "encoding the picture", "denoising", "decoding"]
+    assert [p for i, p in enumerate(spoken) if p != spoken[i - 1] or not i] == [*once, "denoising", "decoding"]
+    loads = {phase for phase in phases if phase.startswith("loading ")}
+    assert loads == {"loading T5", "loading CLIP", "loading the VAE", "loading the transformer"}
 
 
 def test_models_take_turns_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
