@@ -32,6 +32,7 @@ from .weights.assemble import assemble
 from .weights.formats import PARTS
 from .weights.load import Checkpoint
 from .weights.save import save_checkpoint
+from .weights.sizes import check_parts
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _TARGET, _REFERENCE = 0, 1  # first position axis: the planes the model was trained with
@@ -63,6 +64,7 @@ class KontextPipeline:
         self.dtype = compute_dtype(dtype)
         self.name = name or checkpoint.folder.name
         self.defaults = _defaults(checkpoint)
+        check_parts(checkpoint)
         self.sizes = _sizes(checkpoint)
         self._schedule = checkpoint.schedule_config()
         self._flux_config, self._vae_config = checkpoint.config("transformer"), checkpoint.config("vae")
@@ -474,11 +476,15 @@ def _defaults(checkpoint: Checkpoint) -> Defaults:
     known = {field.name for field in dataclasses.fields(Defaults)}
     if not isinstance(values, dict) or not set(values) <= known:
         raise CheckpointError(
-            f"{where}: defaults is {values!r}; expected an object with some of {', '.join(sorted(known))}"
+            f"{where}: defaults is {str(values)[:80]!r}; expected an object with some of {', '.join(sorted(known))}"
         )
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 < value <= 1000:
-            raise CheckpointError(f"{where}: defaults.{name} is {value!r}; expected a number above 0")
+    for field in dataclasses.fields(Defaults):
+        value, example = values.get(field.name, field.default), field.default
+        kinds = (int,) if isinstance(example, int) else (int, float)
+        if type(value) not in kinds or not 0 < value <= (1 if field.name == "draft_scale" else 1000):
+            raise CheckpointError(
+                f"{where}: defaults.{field.name} is {str(value)[:80]!r}; expected a number like {example}"
+            )
     return Defaults(**values)
 
 
