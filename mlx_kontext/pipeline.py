@@ -76,8 +76,9 @@ class KontextPipeline:
         self._attached: Adapters = ()
         vocabulary = checkpoint.t5_vocabulary()
         t5 = checkpoint.where("text_encoder_2") if vocabulary else checkpoint.tokenizer("tokenizer_2")
-        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"))
-        self.text = TextEncoders(clip_ids, t5_tokenizer(t5, vocabulary), self._part, self.dtype)
+        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"), checkpoint.config("text_encoder").vocab_size)
+        t5_ids = t5_tokenizer(t5, vocabulary, checkpoint.config("text_encoder_2").vocab_size)
+        self.text = TextEncoders(clip_ids, t5_ids, self._part, self.dtype)
         self._thread = threading.get_ident()
 
     @classmethod

@@ -18,7 +18,20 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 LAYERS = [
     {"cli", "cli_models", "__main__", "doctor", "inspection"},
     {"pipeline"},
-    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
+    {
+        "provenance",
+        "sampling",
+        "text",
+        "vocabulary",
+        "image",
+        "photo",
+        "plan",
+        "weights",
+        "config",
+        "lora",
+        "quantize",
+        "finite",
+    }
     | {"hub", "hub_errors", "cached", "card"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
