@@ -18,6 +18,7 @@ from PIL import Image
 from .backend import compute_dtype, mx, part_dtype
 from .edit import EditRequest, EditResult, Step, pixels_sha256
 from .errors import CheckpointError, KontextError, ModelNotFound, RequestError
+from .finite import not_finite
 from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
 from .lora import Adapters, LoraFiles, attach
@@ -218,7 +219,7 @@ class KontextPipeline:
             before = time.perf_counter()
             for i, x, target in euler(velocity, self._start(request, seed, grid), sigmas):
                 if not mx.isfinite(x).all().item():
-                    raise KontextError(f"step {i + 1}: the latents are no longer finite; try dtype='float32'")
+                    raise self._not_finite(f"the latents of step {i + 1} are", adapters)
                 total, now = len(sigmas) - 1, time.perf_counter()
                 paces.append(now - before)
                 pace = sum(paces[1:]) / len(paces[1:]) if paces[1:] else paces[0]  # the first step also loads weights
@@ -334,6 +335,8 @@ class KontextPipeline:
         if not budget.keep_all and not self.text.knows(prompt, length):
             self._release("transformer")
         conditioning = self.text.encode(prompt, length)
+        if not (mx.isfinite(conditioning.txt).all() & mx.isfinite(conditioning.vec).all()).item():
+            raise self._not_finite("what the text encoders make of the prompt is")
         if conditioning.tokens > length:
             notices.append(
                 f"the prompt has {conditioning.tokens:,} T5 tokens and the model reads {length:,}: its end is cut off"
@@ -406,7 +409,7 @@ class KontextPipeline:
         mx.eval(decoded)
         pixels = np.array(decoded)
         if not np.isfinite(pixels).all():
-            raise KontextError("the decoded picture is not finite; try dtype='float32'")
+            raise self._not_finite("the decoded picture is")
         image = to_image(pixels)
         return EditResult(
             image=image,
@@ -441,6 +444,9 @@ class KontextPipeline:
             if part == "transformer":
                 self._attached = ()
         return self._parts[part]
+
+    def _not_finite(self, what: str, adapters: Adapters = ()) -> KontextError:
+        return not_finite(what, self.checkpoint, self._parts, adapters, self.dtype)
 
     def _release(self, *parts: str) -> None:
         for part in parts:
