@@ -18,6 +18,7 @@ from PIL import Image
 from .backend import compute_dtype, mx, part_dtype
 from .edit import EditRequest, EditResult, Step, pixels_sha256
 from .errors import CheckpointError, KontextError, ModelNotFound, RequestError
+from .finite import not_finite
 from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
 from .lora import Adapters, LoraFiles, attach
@@ -32,6 +33,7 @@ from .weights.assemble import assemble
 from .weights.formats import PARTS
 from .weights.load import Checkpoint
 from .weights.save import save_checkpoint
+from .weights.sizes import check_parts
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _SPOKEN = {"transformer": "the transformer", "vae": "the VAE", "text_encoder": "CLIP", "text_encoder_2": "T5"}
@@ -64,6 +66,7 @@ class KontextPipeline:
         self.dtype = compute_dtype(dtype)
         self.name = name or checkpoint.folder.name
         self.defaults = _defaults(checkpoint)
+        check_parts(checkpoint)
         self.sizes = _sizes(checkpoint)
         self._schedule = checkpoint.schedule_config()
         self._flux_config, self._vae_config = checkpoint.config("transformer"), checkpoint.config("vae")
@@ -77,8 +80,9 @@ class KontextPipeline:
         """What the edit under way is busy with, in words; any thread may read it, as the engine's heartbeat does."""
         vocabulary = checkpoint.t5_vocabulary()
         t5 = checkpoint.where("text_encoder_2") if vocabulary else checkpoint.tokenizer("tokenizer_2")
-        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"))
-        self.text = TextEncoders(clip_ids, t5_tokenizer(t5, vocabulary), self._part, self.dtype)
+        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"), checkpoint.config("text_encoder").vocab_size)
+        t5_ids = t5_tokenizer(t5, vocabulary, checkpoint.config("text_encoder_2").vocab_size)
+        self.text = TextEncoders(clip_ids, t5_ids, self._part, self.dtype)
         self._thread = threading.get_ident()
 
     @classmethod
@@ -219,7 +223,7 @@ class KontextPipeline:
             before = time.perf_counter()
             for i, x, target in euler(velocity, self._start(request, seed, grid), sigmas):
                 if not mx.isfinite(x).all().item():
-                    raise KontextError(f"step {i + 1}: the latents are no longer finite; try dtype='float32'")
+                    raise self._not_finite(f"the latents of step {i + 1} are", adapters)
                 total, now = len(sigmas) - 1, time.perf_counter()
                 paces.append(now - before)
                 pace = sum(paces[1:]) / len(paces[1:]) if paces[1:] else paces[0]  # the first step also loads weights
@@ -337,6 +341,8 @@ class KontextPipeline:
         if not budget.keep_all and not self.text.knows(prompt, length):
             self._release("transformer")
         conditioning = self.text.encode(prompt, length)
+        if not (mx.isfinite(conditioning.txt).all() & mx.isfinite(conditioning.vec).all()).item():
+            raise self._not_finite("what the text encoders make of the prompt is")
         if conditioning.tokens > length:
             notices.append(
                 f"the prompt has {conditioning.tokens:,} T5 tokens and the model reads {length:,}: its end is cut off"
@@ -411,7 +417,7 @@ class KontextPipeline:
         mx.eval(decoded)
         pixels = np.array(decoded)
         if not np.isfinite(pixels).all():
-            raise KontextError("the decoded picture is not finite; try dtype='float32'")
+            raise self._not_finite("the decoded picture is")
         image = to_image(pixels)
         return EditResult(
             image=image,
@@ -449,6 +455,9 @@ class KontextPipeline:
                 self._attached = ()
         return self._parts[part]
 
+    def _not_finite(self, what: str, adapters: Adapters = ()) -> KontextError:
+        return not_finite(what, self.checkpoint, self._parts, adapters, self.dtype)
+
     def _release(self, *parts: str) -> None:
         for part in parts:
             self._parts.pop(part, None)
@@ -484,11 +493,15 @@ def _defaults(checkpoint: Checkpoint) -> Defaults:
     known = {field.name for field in dataclasses.fields(Defaults)}
     if not isinstance(values, dict) or not set(values) <= known:
         raise CheckpointError(
-            f"{where}: defaults is {values!r}; expected an object with some of {', '.join(sorted(known))}"
+            f"{where}: defaults is {str(values)[:80]!r}; expected an object with some of {', '.join(sorted(known))}"
         )
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 < value <= 1000:
-            raise CheckpointError(f"{where}: defaults.{name} is {value!r}; expected a number above 0")
+    for field in dataclasses.fields(Defaults):
+        value, example = values.get(field.name, field.default), field.default
+        kinds = (int,) if isinstance(example, int) else (int, float)
+        if type(value) not in kinds or not 0 < value <= (1 if field.name == "draft_scale" else 1000):
+            raise CheckpointError(
+                f"{where}: defaults.{field.name} is {str(value)[:80]!r}; expected a number like {example}"
+            )
     return Defaults(**values)
 
 

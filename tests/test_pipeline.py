@@ -1,6 +1,7 @@
 """The pipeline's behaviour with the demo model: what a request becomes, what comes back, how it stops."""
 
 import dataclasses
+import re
 import threading
 from pathlib import Path
 
@@ -8,9 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_kontext import EditRequest, EditResult, KontextError, KontextPipeline, RequestError, ResourceError
+from mlx_kontext import (
+    AdapterError,
+    CheckpointError,
+    EditRequest,
+    EditResult,
+    KontextError,
+    KontextPipeline,
+    RequestError,
+    ResourceError,
+)
 from mlx_kontext.backend import mx, tree_flatten
+from mlx_kontext.finite import not_finite
 from mlx_kontext.image import noise, pack
+from mlx_kontext.lora import Adapter
 
 SAMPLE = Path(__file__).parent.parent / "assets" / "sample.png"
 PROMPT = "make the circle green"
@@ -244,5 +256,32 @@ def test_sixteen_bits_agree_with_fp32(pipe: KontextPipeline, dtype: str) -> None
 def test_not_finite_latents_are_an_error_not_a_black_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = KontextPipeline.from_pretrained("demo")
     pipe.flux.final_layer.linear.bias = mx.full((64,), float("nan"))
-    with pytest.raises(KontextError, match="step 1: the latents are no longer finite"):
+    with pytest.raises(KontextError, match=r"final_layer\.linear\.bias\): the latents of step 1 are not finite"):
         pipe(image=SAMPLE, prompt=PROMPT)
+
+
+def test_who_is_to_blame_for_no_number() -> None:
+    pipe = KontextPipeline.from_pretrained("demo")
+    broken, whole = {"vae": pipe.vae}, {"transformer": pipe.flux}
+    pipe.vae.decoder.conv_out.bias = mx.full((3,), 1e30)
+    lora = (Adapter("style.safetensors", "", "", {}), 0.5)
+    for parts, adapters, dtype, error, told in (
+        (
+            broken,
+            [lora],
+            mx.float32,
+            CheckpointError,
+            r"vae: 1 tensors hold .* far too large \(decoder\.conv_out\.bias\)",
+        ),
+        (
+            whole,
+            [lora],
+            mx.float32,
+            AdapterError,
+            r"the LoRA style\.safetensors at 0\.5; leave it out or lower its scale",
+        ),
+        (whole, [], mx.bfloat16, KontextError, r"in bfloat16; try dtype='float32'"),
+        (whole, [], mx.float32, CheckpointError, "model: x is not finite, though each weight is"),
+    ):
+        found = not_finite("x is", pipe.checkpoint, parts, adapters, dtype)
+        assert type(found) is error and re.search(told, str(found))

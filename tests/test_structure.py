@@ -18,8 +18,8 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 LAYERS = [
     {"cli", "cli_models", "cli_convert", "cli_sessions", "__main__", "doctor", "inspection"},
     {"pipeline", "convert", "engine", "engine_process", "worker"},
-    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
-    | {"hub", "hub_errors", "cached", "card", "messages", "wire", "awake"}
+    {"provenance", "sampling", "text", "vocabulary", "image", "photo", "plan", "weights", "config", "lora"}
+    | {"quantize", "finite", "hub", "hub_errors", "cached", "card", "messages", "wire", "awake"}
     | {"sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
