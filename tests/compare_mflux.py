@@ -8,7 +8,7 @@ own and they take turns; what is compared are medians. This is a measurement, no
 mflux wants other versions than our tests do, hence an environment of its own. On a Mac `pip install mflux==0.24.0` makes it.
 On Linux mflux asks for MLX with CUDA; for the CPU install it with `--no-deps`, then `mlx[cpu]` of the version that we use,
 `torch==2.13.0`, `huggingface-hub<2` and the rest of what `pip show mflux` lists. Ours runs in the Python that runs this, which
-needs the `test` extra.
+needs the `test` extra. Where other programs run beside it, trust processor time more than wall time.
 
 What is alike: the files read, bits, group size (64), all four parts and both tokenizers written, the device (MLX's default).
 What is not: mflux packs every linear layer and embedding, we leave CLIP, the VAE and the transformer's ends as they are stored,
@@ -27,6 +27,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("transformer", "text_encoder_2", "text_encoder", "vae")
@@ -104,7 +105,7 @@ def compare(options: argparse.Namespace, place: Path) -> None:
     imports = {"mflux": [*theirs, MFLUX_IMPORTS], "ours": [sys.executable, "-c", OUR_IMPORTS]}
     taken, start = defaultdict[str, list[Cost]](list), defaultdict[str, list[Cost]](list)
     row = "{:24} {:>9} {:>9} {:>9}".format
-    print(row("", "peak GB", "wall s", "CPU s"))
+    print(row("", "peak GB", "wall s", "CPU s"), flush=True)
     for i in range(options.rounds):
         for who, command in commands.items():
             shutil.rmtree(results[who], ignore_errors=True)
@@ -113,7 +114,7 @@ def compare(options: argparse.Namespace, place: Path) -> None:
             print(row(f"round {i + 1}, {who}", *figures(taken[who][-1])), flush=True)
     for who in commands:
         print(row(f"median, {who}", *figures(middle(taken[who]))))
-        print(row(f"  of it {who}'s imports", *figures(middle(start[who]))))
+        print(row("  of it imports", *figures(middle(start[who]))))
     us, them = middle(taken["ours"]), middle(taken["mflux"])
     ratios = (us.peak / them.peak, us.seconds / them.seconds, us.processor / them.processor)
     print(row("ours / mflux", *(f"{ratio:.2f}" for ratio in ratios)))
@@ -161,7 +162,7 @@ def weights(folder: Path) -> int:
 
 
 def packed_layers(folder: Path) -> str:
-    """How many layers of a part are packed, and how: "57 (8 x 64)". Read from headers."""
+    """How many layers of a part are packed, and how, taking groups to be of 64: "57 (8 x 64)". Read from headers."""
     shapes: dict[str, list[int]] = {}
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -184,7 +185,7 @@ def make_model(folder: Path, double: int, single: int, blocks: int) -> None:
     t5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": blocks, "num_heads": 64, "vocab_size": 32128}
     clip = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     with torch.device("meta"):
-        models = {
+        models: dict[str, Any] = {
             "transformer": FluxTransformer2DModel(guidance_embeds=True, num_layers=double, num_single_layers=single),
             "vae": AutoencoderKL(
                 block_out_channels=(128, 256, 512, 512),
