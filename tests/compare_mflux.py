@@ -11,8 +11,9 @@ On Linux mflux asks for MLX with CUDA; for the CPU install it with `--no-deps`, 
 needs the `test` extra. Where other programs run beside it, trust processor time more than wall time.
 
 What is alike: the files read, bits, group size (64), all four parts and both tokenizers written, the device (MLX's default).
-What is not: mflux packs every linear layer and embedding, we leave CLIP, the VAE and the transformer's ends as they are stored,
-so the table counts the layers; and we wait until the disk has the files (fsync), mflux does not.
+What is not: mflux packs every linear layer and embedding, we leave CLIP, the VAE and the transformer's ends as they are stored.
+The packed layers are counted at the end; we have q, k and v of the transformer in one, so ours are fewer and larger. We look
+for numbers that are not finite and wait until the disk has the files (fsync), mflux does neither.
 """
 
 import argparse
