@@ -17,7 +17,7 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
     {"cli", "cli_models", "cli_convert", "__main__", "doctor", "inspection"},
-    {"pipeline", "convert"},
+    {"pipeline", "convert", "report"},
     {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
     | {"hub", "hub_errors", "cached", "card"},
     {"models"},
