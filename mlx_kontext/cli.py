@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .cli_convert import convert, source_options
+from .cli_convert import compared, convert, open_original, report_options, source_options
 from .cli_models import models
 from .cli_sessions import one_line, photo_paths, session_edit, sessions
 from .errors import KontextError, RequestError
@@ -427,23 +427,45 @@ def show(image: str, as_json: bool) -> None:
 @source_options
 @click.option("-q", "--quantize", metavar="SCHEME", help="Count memory as if quantized so: q8, q6, q4m, q4, bits.")
 @click.option("--dtype", metavar="D", help="Count memory for this dtype. Default: what suits this machine.")
+@click.option("--against", metavar="ORIGINAL", help="Compare with the unquantized model instead, by an edit with both.")
+@report_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def inspect(path: str | None, quantize: str | None, dtype: str | None, as_json: bool, **sources: str | None) -> None:
+def inspect(
+    path: str | None,
+    quantize: str | None,
+    dtype: str | None,
+    against: str | None,
+    report_image: str | None,
+    report_prompt: str | None,
+    as_json: bool,
+    **sources: str | None,
+) -> None:
     """Print a model's format, parts, parameters and quantization, the memory an edit needs, and whether it fits here.
 
     Of a LoRA file: its format, ranks, the layers it changes, and parts that are not applied.
+
+    With --against: errors of the layers, of one step and of a finished picture, and sizes; -q tries a scheme, and nothing is
+    written.
     """
     from .config import settings
     from .inspection import inspect_adapter, inspect_model, is_adapter
 
     if path is None and not any(sources.values()):
         raise click.UsageError("Missing argument 'MODEL|LORA'.")
+    if not (report_image is report_prompt is None or against):
+        raise click.UsageError("--report-image and --report-prompt belong to --against.")
     configured = settings()
+    model, dtype = path or configured["model"].value, dtype or configured["dtype"].value or None
     if path is not None and is_adapter(path):
+        if against:
+            raise click.UsageError("--against compares models and this is a LoRA; try convert --lora FILE --report.")
         report: Any = inspect_adapter(path)
+    elif against:
+        original = open_original(against, report_image, report_prompt, dtype=dtype)
+        options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, **sources}
+        report = compared(original, model, report_image, report_prompt, **options)
     else:
-        dtype = dtype or configured["dtype"].value or None
-        report = inspect_model(path or configured["model"].value, dtype, quantize, **sources)
+        report = inspect_model(model, dtype, quantize, **sources)
     click.echo(json.dumps(report.to_json()) if as_json else safe_text(report.page()))
 
 

@@ -14,7 +14,9 @@ from .terminal import safe_text, say
 
 if TYPE_CHECKING:
     from .convert import Conversion
+    from .pipeline import KontextPipeline
     from .quantize import Scheme
+    from .report import Comparison
 
 
 def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +35,13 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The edit by which a quantized model and its original are compared."""
+    image = click.option("--report-image", metavar="F", help="Picture that the report edits. Default: a drawn one.")
+    prompt = click.option("--report-prompt", metavar="T", help='What it asks for. Default: "make the circle green".')
+    return image(prompt(command))
+
+
 @click.command()
 @click.argument("places", nargs=-1, metavar="[SRC] DST")
 @click.option(
@@ -46,6 +55,8 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @source_options
 @click.option("--dry-run", is_flag=True, help="Print sizes, formats, disk and memory; write nothing.")
 @click.option("--verify", is_flag=True, help="Read the result again and compare it with the source.")
+@click.option("--report", "reported", is_flag=True, help="Compare with the source: layers, one step, an edit by both.")
+@report_options
 @click.option("--upload-repo", metavar="R", help="Then put it on the hub as YOU/NAME, with card, licence and notice.")
 @click.option("--public", is_flag=True, help="With --upload-repo: public, gated by the licence. Default: private.")
 @click.option("--yes", is_flag=True, help="With --upload-repo: do not ask.")
@@ -60,6 +71,9 @@ def convert(
     lora: tuple[str, ...],
     dry_run: bool,
     verify: bool,
+    reported: bool,
+    report_image: str | None,
+    report_prompt: str | None,
     upload_repo: str | None,
     public: bool,
     yes: bool,
@@ -69,8 +83,8 @@ def convert(
     """Write the model SRC as a folder DST of ours, quantized if asked for; prints DST.
 
     SRC is a folder, a single file (safetensors of BFL, ComfyUI or MLX, GGUF) or a hub id that is on this machine; it may be
-    left out where --transformer, --vae, --t5 and --clip give all four parts. Memory stays under 2 GB for the real model. The
-    same command again goes on where it was stopped.
+    left out where --transformer, --vae, --t5 and --clip give all four parts. Memory stays under 2 GB for the real model, but
+    --report edits with both models, one after the other. The same command again goes on where it was stopped.
     """
     if len(places) not in (1, 2):
         raise click.UsageError("Name a source and a new folder: mlx-kontext convert SRC DST.")
@@ -78,6 +92,12 @@ def convert(
         raise click.UsageError("Without SRC all parts are needed: --transformer, --vae, --t5 and --clip.")
     if (public or yes) and not upload_repo:
         raise click.UsageError("--public and --yes belong to --upload-repo.")
+    if not (report_image is report_prompt is None or reported):
+        raise click.UsageError("--report-image and --report-prompt belong to --report.")
+    if reported and dry_run:
+        raise click.UsageError(
+            "--dry-run writes nothing to report on; try mlx-kontext inspect SRC -q q8 --against SRC."
+        )
     if upload_repo and not yes and not sys.stdin.isatty():
         raise click.UsageError("--upload-repo asks first and this is no terminal; pass --yes.")
     from .convert import plan_conversion
@@ -96,6 +116,7 @@ def convert(
             click.echo(json.dumps(conversion.to_json()))
         return
     report = conversion.to_json()
+    original = open_original(source, report_image, report_prompt, **sources) if reported else None
     if conversion.done:
         say(f"{conversion.folder} is there already, whole")
     else:
@@ -110,6 +131,10 @@ def convert(
         told = "; ".join(f"{part} {error:.4f}" for part, error in errors.items())
         say("verified: every number is what the source gives" + (f"; largest relative errors: {told}" if told else ""))
         report["relative_errors"] = errors
+    if original:
+        comparison = compared(original, str(conversion.folder), report_image, report_prompt, loras=lora)
+        say(comparison.page())
+        report["report"] = comparison.to_json()
     if upload_repo:
         report["address"] = put_on_hub(conversion, upload_repo, public, yes)
     click.echo(json.dumps(report) if as_json else safe_text(str(conversion.folder)))
@@ -127,6 +152,42 @@ def wanted_scheme(name: str | None, bits: int | None, group_size: int | None, mo
 
     sizes = FP_MODES.get(mode or "", (64, 4))
     return Scheme(bits or sizes[1], group_size or sizes[0], mode or "affine")
+
+
+def open_original(model: str | None, image: str | None, prompt: str | None, **options: Any) -> KontextPipeline:
+    """The model to compare with; if it cannot be, or picture or prompt are bad, that is told before the work and not after.
+
+    options: as for `KontextPipeline.from_pretrained`.
+    """
+    from .edit import EditRequest
+    from .photo import read_photo
+    from .pipeline import KontextPipeline
+    from .report import check_original
+
+    if image is not None:
+        read_photo(image)
+    if prompt is not None:
+        EditRequest(prompt)
+    original = KontextPipeline.from_pretrained(model or "", local_files_only=True, **options)
+    check_original(original)
+    return original
+
+
+def compared(
+    original: KontextPipeline,
+    model: str,
+    image: str | None,
+    prompt: str | None,
+    *,
+    loras: tuple[str, ...] = (),
+    **options: Any,
+) -> Comparison:
+    """A model beside its original; options: as for `KontextPipeline.from_pretrained`."""
+    from .pipeline import KontextPipeline
+    from .report import PROMPT, compare
+
+    quantized = KontextPipeline.from_pretrained(model, local_files_only=True, **options)
+    return compare(original, quantized, image, PROMPT if prompt is None else prompt, loras=loras, told=say)
 
 
 @contextmanager

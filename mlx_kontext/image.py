@@ -1,4 +1,4 @@
-"""Pictures as arrays and arrays as tokens: sizes, resize, pack and unpack, position ids, noise. numpy and PIL only."""
+"""Pictures as arrays and arrays as tokens: sizes, resize, pack, position ids, noise; how alike two are. numpy and PIL only."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -105,3 +105,33 @@ def noise(seed: int, height_latent: int, width_latent: int, channels: int) -> np
     if whole < count:
         values[-16:] = normal(uniform(16))
     return values.reshape(1, channels, height_latent, width_latent).transpose(0, 2, 3, 1).copy()
+
+
+def psnr(image: Image.Image, other: Image.Image) -> float | None:
+    """Peak signal-to-noise ratio of two RGB pictures of one size, in dB, over all pixels and channels; None if they are equal."""
+    error = float(np.mean(np.square(np.asarray(image, np.float64) - np.asarray(other, np.float64))))
+    return float(10 * np.log10(255**2 / error)) if error else None
+
+
+def ssim(image: Image.Image, other: Image.Image) -> float:
+    """Structural similarity of two pictures of one size, at least 11 pixels a side: 1 if equal, near 0 if unrelated.
+
+    On luma, under a Gaussian window of 11x11 pixels with sigma 1.5, K1 = 0.01, K2 = 0.03, as in Wang, Bovik, Sheikh and
+    Simoncelli, "Image quality assessment: from error visibility to structural similarity", IEEE TIP 13(4), 2004, eq. 13.
+    """
+    window = np.exp(-np.square(np.arange(11) - 5.0) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def averaged(values: np.ndarray) -> np.ndarray:
+        """Under the window at each place where it lies wholly inside: [H, W] -> [H - 10, W - 10]."""
+        for axis in (0, 1):
+            values = np.lib.stride_tricks.sliding_window_view(values, 11, axis=axis) @ window
+        return values
+
+    x, y = (np.asarray(picture.convert("L"), np.float64) for picture in (image, other))
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_x, mean_y = averaged(x), averaged(y)
+    spread = averaged(x * x) - mean_x**2 + averaged(y * y) - mean_y**2
+    shared = averaged(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return float(np.mean(luminance * (2 * shared + c2) / (spread + c2)))

@@ -23,6 +23,7 @@ from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
 from .lora import Adapters, LoraFiles, attach
 from .models.flux import Flux, Modulation
+from .models.t5 import T5Encoder
 from .models.vae import AutoEncoder
 from .photo import read_photo
 from .plan import Plan, gigabytes, plan, unpacked_bytes, weight_bytes
@@ -137,13 +138,33 @@ class KontextPipeline:
     @property
     def flux(self) -> Flux:
         """The transformer without adapters, loaded when first asked for."""
-        return self._flux_with(())
+        return self.flux_with(())
+
+    @property
+    def t5(self) -> T5Encoder:
+        """The larger text encoder, loaded when first asked for."""
+        model: T5Encoder = self._part("text_encoder_2")
+        return model
 
     @property
     def vae(self) -> AutoEncoder:
         """The autoencoder, loaded when first asked for."""
         model: AutoEncoder = self._part("vae")
         return model
+
+    def flux_with(self, adapters: Adapters) -> Flux:
+        """The transformer with exactly these adapters attached; they stay until another set, or none, is asked for."""
+        model: Flux = self._part("transformer")
+        if self._attached != adapters:
+            attach(model, adapters)
+            self._attached = adapters
+        return model
+
+    def release(self, *parts: str) -> None:
+        """Let go of the weights of these parts (keys of PARTS), of all if none is named; they are read again when needed."""
+        for part in parts or PARTS:
+            self._parts.pop(part, None)
+        mx.clear_cache()
 
     def __call__(self, image: Any = None, prompt: str | None = None, **options: Any) -> EditResult | list[EditResult]:
         """Edit `image` as `prompt` says, or make a picture from the prompt alone; keywords as in EditRequest.
@@ -198,7 +219,7 @@ class KontextPipeline:
         if request.negative_prompt is not None:
             negative = self._read_prompt(request.negative_prompt, request, budget, notices)
         if not budget.keep_all:
-            self._release(*_TEXT_PARTS)  # 10 GB at full size that denoising has better use for
+            self.release(*_TEXT_PARTS)  # 10 GB at full size that denoising has better use for
 
         reference = self._reference(request, photo, reference_size) if photo and reference_size else None
         sigmas = schedule(request.num_inference_steps or 0, grid[0] * grid[1], self._schedule)
@@ -212,7 +233,7 @@ class KontextPipeline:
             """[1, N, 64] of the target tokens; the reference only looks on."""
             self.phase = "denoising"
             tokens = (x if reference is None else mx.concatenate([x, reference], axis=1)).astype(self.dtype)
-            flux = self._flux_with(adapters)  # at each step: another edit may run between two steps of this one
+            flux = self.flux_with(adapters)  # at each step: another edit may run between two steps of this one
             wanted, *unwanted = (
                 flux(tokens, text, pe, modulation.at(i))[:, : x.shape[1]] for text, pe, modulation in passes
             )
@@ -339,7 +360,7 @@ class KontextPipeline:
         self.phase = "reading the prompt"
         length = request.max_sequence_length or 0
         if not budget.keep_all and not self.text.knows(prompt, length):
-            self._release("transformer")
+            self.release("transformer")
         conditioning = self.text.encode(prompt, length)
         if not (mx.isfinite(conditioning.txt).all() & mx.isfinite(conditioning.vec).all()).item():
             raise self._not_finite("what the text encoders make of the prompt is")
@@ -377,7 +398,7 @@ class KontextPipeline:
         ids = [np.zeros((conditioning.txt.shape[1], 3), np.int32), position_ids(*grid, _TARGET)]
         if reference_size:
             ids.append(position_ids(*self._grid(*reference_size), _REFERENCE))
-        flux = self._flux_with(adapters)
+        flux = self.flux_with(adapters)
         pe = flux.rope(mx.array(np.concatenate(ids)))
         modulation = flux.modulation(mx.array(sigmas[:-1]), request.guidance_scale or 0.0, conditioning.vec)
         mx.eval(pe, modulation.arrays())
@@ -438,14 +459,6 @@ class KontextPipeline:
 
     # --- parts come and go ---
 
-    def _flux_with(self, adapters: Adapters) -> Flux:
-        """The transformer with exactly these adapters attached; they stay until another set, or none, is asked for."""
-        model: Flux = self._part("transformer")
-        if self._attached != adapters:
-            attach(model, adapters)
-            self._attached = adapters
-        return model
-
     def _part(self, part: str) -> Any:
         if part not in self._parts:
             before, self.phase = self.phase, f"loading {_SPOKEN[part]}"
@@ -457,11 +470,6 @@ class KontextPipeline:
 
     def _not_finite(self, what: str, adapters: Adapters = ()) -> KontextError:
         return not_finite(what, self.checkpoint, self._parts, adapters, self.dtype)
-
-    def _release(self, *parts: str) -> None:
-        for part in parts:
-            self._parts.pop(part, None)
-        mx.clear_cache()
 
 
 def _existing(path: str | os.PathLike[str], word: str) -> Path:

@@ -1,4 +1,4 @@
-"""Quantization: schemes by name, which layer gets how many bits, and what that does to a model.
+"""Quantization: schemes by name, and which layer gets how many bits. What that costs, `report` tells.
 
 A scheme only says what it wants of each layer; `choose` fits that to the sizes of a model. What stays as stored in every
 scheme: embedders of picture, text, time, guidance and pooled vector, the final layer, norms, biases, VAE and CLIP. They are
@@ -12,19 +12,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from .backend import mx
 from .errors import CheckpointError, RequestError
-from .image import nearest_size, noise, pack, position_ids, to_array
 from .models.quantized import Packing
-from .photo import read_photo
-from .weights.pack import pack_matrix, relative_error, unpack_matrix
-
-if TYPE_CHECKING:
-    from .pipeline import KontextPipeline
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -258,110 +250,6 @@ def packed_sizes(
             continue
         for suffix, (packed, dtype) in layers[path].tensors(*shape).items():
             yield f"{path}.{suffix}", prod(packed) * (scale_size if dtype == mx.float16 else dtype.size)
-
-
-# --- what it costs ---
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """One packed layer. error: of its weights, relative (Frobenius norms); bytes_before: as the original stores it."""
-
-    part: str
-    path: str
-    bits: int
-    group_size: int
-    error: float
-    bytes_before: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """Every packed layer of a model beside its original."""
-
-    rows: list[LayerError]
-
-    def to_json(self) -> list[dict[str, Any]]:
-        return [vars(row) for row in self.rows]
-
-    def table(self) -> str:
-        """The same for people, with one line of sums."""
-        lines = [f"{'layer':58} bits group   error      bytes     before"]
-        for row in self.rows:
-            name = f"{row.part} {row.path}"
-            lines.append(
-                f"{name:58} {row.bits:4} {row.group_size:5} {row.error:7.4f} {row.bytes:10,} {row.bytes_before:10,}"
-            )
-        mean = sum(row.error for row in self.rows) / max(len(self.rows), 1)
-        size, before = sum(row.bytes for row in self.rows), sum(row.bytes_before for row in self.rows)
-        return "\n".join([*lines, f"{len(self.rows)} layers, mean{'':51} {mean:7.4f} {size:10,} {before:10,}"])
-
-
-def report(original: "KontextPipeline", quantized: "KontextPipeline") -> Report:
-    """Compare the weights of two pipelines of one model, layer by layer; neither model is loaded whole.
-
-    Raises RequestError if `original` is quantized or the two are not the same model.
-    """
-    if original.quantization:
-        raise RequestError(f"{original.name} is quantized ({original.quantization}); compare with the original weights")
-    rows = []
-    for part, chosen in quantized.checkpoint.quantization.items():
-        before, after = original.checkpoint.tensors(part), quantized.checkpoint.tensors(part)
-        for path, packing in chosen.layers.items():
-            name = f"{path}.weight"
-            weight = before.pop(name, None)
-            if quantized.checkpoint.scheme and name in after:
-                packed = pack_matrix(after.pop(name), packing, path)
-            else:
-                names = ("weight", "scales", "biases")
-                packed = {key: after.pop(f"{path}.{key}") for key in names if f"{path}.{key}" in after}
-            plain = unpack_matrix(packed, packing)
-            if weight is None or weight.shape != plain.shape:
-                raise RequestError(f"{original.name} and {quantized.name} are not the same model: {name} differs")
-            error = relative_error(plain, weight)
-            size = sum(value.nbytes for value in packed.values())
-            rows.append(LayerError(part, path, packing.bits, packing.group_size, error, weight.nbytes, size))
-            mx.clear_cache()
-    return Report(rows)
-
-
-def velocity_errors(
-    original: "KontextPipeline",
-    quantized: "KontextPipeline",
-    image: Any,
-    prompt: str,
-    *,
-    sigmas: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25),
-    seed: int = 0,
-) -> dict[float, float]:
-    """Relative error (L2) of one velocity at each noise level, on inputs that are the same for both transformers.
-
-    A whole edit is chaotic: after 28 steps a tiny error may be another picture just as good. One step is not. The noisy
-    picture is sigma noise + (1 - sigma) input, text states and reference are the original's.
-    """
-    photo, vae = read_photo(image).image, original.checkpoint.config("vae")
-    multiple = 2 * vae.downsampling
-    width, height = nearest_size(photo.width, photo.height, original.sizes, multiple)
-    rows, columns = height // multiple, width // multiple
-    clean = pack(original.vae.encode(mx.array(to_array(photo, width, height))))
-    noisy = mx.array(pack(noise(seed, 2 * rows, 2 * columns, vae.latent_channels)))
-    read = original.text.encode(prompt, original.defaults.max_sequence_length)
-    text = np.zeros((read.txt.shape[1], 3), np.int32)
-    ids = mx.array(np.concatenate([text, position_ids(rows, columns, 0), position_ids(rows, columns, 1)]))
-
-    def velocities(pipe: "KontextPipeline") -> list[mx.array]:
-        flux, found = pipe.flux, []
-        modulation = flux.modulation(mx.array(sigmas), original.defaults.guidance_scale, read.vec)
-        for i, sigma in enumerate(sigmas):
-            tokens = mx.concatenate([sigma * noisy + (1 - sigma) * clean, clean], axis=1).astype(original.dtype)
-            v = flux(tokens, read.txt, flux.rope(ids), modulation.at(i))[:, : noisy.shape[1]].astype(mx.float32)
-            mx.eval(v)
-            found.append(v)
-        return found
-
-    pairs = zip(sigmas, velocities(original), velocities(quantized), strict=True)
-    return {sigma: float(mx.linalg.norm(b - a) / mx.linalg.norm(a)) for sigma, a, b in pairs}
 
 
 def _listed(values: Any) -> str:

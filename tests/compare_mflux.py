@@ -136,6 +136,7 @@ def measure(command: list[str], log: Path) -> Cost:
         began = time.perf_counter()
         child = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(child.pid, 0)
+        os.sync()  # ours syncs what it writes, mflux leaves that to the system: both are timed until it is on the disk
         seconds = time.perf_counter() - began
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:

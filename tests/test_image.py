@@ -4,7 +4,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_kontext.image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
+from mlx_kontext.image import (
+    KONTEXT_SIZES,
+    nearest_size,
+    noise,
+    pack,
+    position_ids,
+    psnr,
+    ssim,
+    to_array,
+    to_image,
+    unpack,
+)
 
 
 def test_nearest_size_as_diffusers():
@@ -107,3 +118,48 @@ def test_noise_of_seed_0_as_written_down():
     ours = noise(0, 128, 128, 16)
     assert ours[0, 0, :4, 0] == pytest.approx([-1.125840, -1.152360, -0.250579, -0.433879], abs=1e-6)
     assert pack(ours)[0, 0, :4] == pytest.approx([-1.125840, -1.152360, -0.883376, -0.418913], abs=1e-6)
+
+
+def random_pictures(count: int, side: int, seed: int = 0) -> list[Image.Image]:
+    draw = np.random.default_rng(seed)
+    return [Image.fromarray(draw.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)]
+
+
+def test_psnr():
+    black, grey, white = (Image.new("RGB", (12, 12), (value,) * 3) for value in (0, 51, 255))
+    assert psnr(black, white) == 0
+    assert psnr(black, grey) == psnr(grey, black) == pytest.approx(20 * np.log10(5))
+    assert psnr(black, black.copy()) is None
+    dot = white.copy()
+    dot.putpixel((3, 4), (255, 254, 255))  # one step in one of 432 numbers
+    assert psnr(white, dot) == pytest.approx(10 * np.log10(255**2 * 432))
+
+
+def test_ssim_of_one_window():
+    """11x11 pixels are one window: the formula of the paper, written out."""
+    a, b = random_pictures(2, 11)
+    x, y = (np.asarray(picture.convert("L"), float) for picture in (a, b))
+    row, column = np.mgrid[-5:6, -5:6]
+    weights = np.exp(-(row**2 + column**2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    mx, my = (weights * x).sum(), (weights * y).sum()
+    vx, vy, vxy = (
+        (weights * (x - mx) ** 2).sum(),
+        (weights * (y - my) ** 2).sum(),
+        (weights * (x - mx) * (y - my)).sum(),
+    )
+    c1, c2 = 2.55**2, 7.65**2
+    expected = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert ssim(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+def test_ssim():
+    a, b = random_pictures(2, 40)
+    assert ssim(a, a.copy()) == pytest.approx(1, abs=1e-12)
+    assert ssim(a, b) == pytest.approx(ssim(b, a), abs=1e-12) and abs(ssim(a, b)) < 0.1
+    flat, paler = (Image.new("RGB", (40, 30), (value,) * 3) for value in (100, 120))
+    assert ssim(flat, paler) == pytest.approx((2 * 100 * 120 + 2.55**2) / (100**2 + 120**2 + 2.55**2))
+    found = [ssim(a, Image.blend(a, b, share)) for share in (0.1, 0.3, 0.6)]
+    assert 1 > found[0] > found[1] > found[2] > 0
+    # turned or mirrored together, two pictures are as alike as before
+    assert ssim(a.rotate(90), b.rotate(90)) == pytest.approx(ssim(a, b), abs=1e-12)

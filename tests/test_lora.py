@@ -387,7 +387,7 @@ def test_sixteen_bits_stay_sixteen_bits(dtype: str, folder: Path, peft_file: Pat
     half = KontextPipeline.from_pretrained(folder, dtype=dtype)
     result = edit(half, peft_file)
     assert np.isfinite(result.latents).all()
-    flux = half._flux_with(half._loras.read(result.request.loras, []))
+    flux = half.flux_with(half._loras.read(result.request.loras, []))
     layer = flux.single_blocks[0].linear1
     assert layer(mx.ones((1, 2, 128), half.dtype)).dtype == layer.side.branches[0][0].a.dtype == half.dtype
 
@@ -402,7 +402,7 @@ def test_a_lora_lasts_one_edit(pipe: KontextPipeline, peft_file: Path, monkeypat
     assert np.array_equal(edit(pipe, peft_file).latents, first.latents)
     assert error(edit(pipe, (peft_file, 0.5)).latents, first.latents) > 0.01
     assert np.array_equal(edit(pipe).latents, plain.latents)
-    pipe._release("transformer")
+    pipe.release("transformer")
     assert np.array_equal(edit(pipe).latents, plain.latents)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from mlx_kontext import CheckpointError, KontextPipeline, RequestError, cli
-from mlx_kontext import quantize as quantization
 from mlx_kontext.backend import nn, tree_flatten
 from mlx_kontext.hub import demo_folder
 from mlx_kontext.inspection import inspect_model
@@ -376,26 +375,6 @@ def test_pictures_stay_close(original: KontextPipeline, saved: Path) -> None:
         found = psnr(exact.image, result.image)
         print(f"{name}: {found:.1f} dB")
         assert found > least, f"{name}: {found:.1f} dB"
-
-
-def test_report(original: KontextPipeline, saved: Path) -> None:
-    errors = {}
-    for name, pipe in (
-        ("q8", KontextPipeline.from_pretrained("demo", quantize="q8")),
-        ("q4m", KontextPipeline.from_pretrained(saved)),
-    ):
-        report = quantization.report(original, pipe)
-        assert len(report.rows) == sum(len(c.layers) for c in pipe.checkpoint.quantization.values())
-        assert all(0 < row.error < {8: 0.02, 5: 0.06, 4: 0.11}[row.bits] for row in report.rows)
-        assert all(row.bytes < row.bytes_before for row in report.rows)
-        json.dumps(report.to_json())
-        assert len(report.table().splitlines()) == len(report.rows) + 2
-        errors[name] = quantization.velocity_errors(original, pipe, SAMPLE, PROMPT, sigmas=(1.0, 0.5))
-    print(errors)
-    assert all(0 < error < 0.05 for error in errors["q8"].values())
-    assert all(2 * errors["q8"][sigma] < errors["q4m"][sigma] < 0.5 for sigma in (1.0, 0.5))
-    with pytest.raises(RequestError, match="compare with the original"):
-        quantization.report(KontextPipeline.from_pretrained(saved), original)
 
 
 def test_inspect_counts_what_is_and_what_would_be(saved: Path) -> None:

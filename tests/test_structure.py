@@ -17,7 +17,7 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
     {"cli", "cli_models", "cli_convert", "cli_sessions", "__main__", "doctor", "inspection"},
-    {"pipeline", "convert", "engine", "engine_process", "worker"},
+    {"pipeline", "convert", "engine", "engine_process", "worker", "report"},
     {"provenance", "sampling", "text", "vocabulary", "image", "photo", "plan", "weights", "config", "lora"}
     | {"quantize", "finite", "hub", "hub_errors", "cached", "card", "messages", "wire", "awake"}
     | {"sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns"},
