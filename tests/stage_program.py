@@ -1,0 +1,69 @@
+"""A program with a stage, for test_tui_stage.py to run in a pty: `stage_program.py WHAT`."""
+
+import sys
+
+import numpy as np
+from PIL import Image
+from textual.app import App, ComposeResult
+from textual.screen import ModalScreen
+from textual.widgets import Footer, Label
+
+from tui.stage import Stage
+
+WHAT = sys.argv[1]
+RANDOM = np.random.default_rng(0)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """The worst that can come: nothing compresses it."""
+    return Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), np.uint8))
+
+
+class Dialog(ModalScreen[None]):
+    BINDINGS = [("x", "dismiss", "Close")]  # noqa: RUF012
+
+    def compose(self) -> ComposeResult:
+        yield Label("a dialog")
+
+
+class Program(App[None]):
+    BINDINGS = [("q", "quit", "Quit"), ("d", "dialog", "Dialog"), ("b", "break", "Break"), ("h", "hide", "Hide")]  # noqa: RUF012
+    ENABLE_COMMAND_PALETTE = False
+
+    def compose(self) -> ComposeResult:
+        yield Stage()
+        yield Footer()
+
+    def on_mount(self) -> None:
+        self.stage = self.query_one(Stage)
+        self.stage.show_picture(noise(1248, 832), "the photo")
+        self.stage.show_second(noise(1248, 832), "another")
+        if WHAT == "previews":
+            self.steps = 0
+            self.timer = self.set_interval(0.12, self.step)
+
+    def step(self) -> None:
+        """28 steps, two a second as far as the stage is concerned: its clock is put forward, not waited for."""
+        self.stage._preview_due = 0.0
+        self.stage.show_preview(noise(512, 344), f"step {self.steps + 1} of 28")
+        self.steps += 1
+        if self.steps == 28:
+            self.timer.stop()
+            self.set_timer(0.3, self.finish)
+
+    def finish(self) -> None:
+        self.stage.show_picture(noise(1248, 832), "the edit")
+        self.set_timer(2.0, self.exit)
+
+    def action_dialog(self) -> None:
+        self.push_screen(Dialog())
+
+    def action_hide(self) -> None:
+        self.stage.display = not self.stage.display
+
+    def action_break(self) -> None:
+        raise RuntimeError("broken on purpose")
+
+
+if __name__ == "__main__":
+    Program().run()
