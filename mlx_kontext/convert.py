@@ -27,7 +27,7 @@ from .quantize import Scheme
 from .weights.formats import PARTS
 from .weights.load import Checkpoint, read_json
 from .weights.pack import pack_matrix, relative_error, unpack_matrix
-from .weights.save import Output, Progress, Stream, outputs, stored_as, write_folder
+from .weights.save import Output, Progress, Stream, check_new, outputs, stored_as, write_folder
 
 _STATE = "conversion.json"  # while it is under way: what is being converted, and the lock of who does it
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -123,8 +123,8 @@ class Conversion:
             raise RequestError(
                 f"{self.folder} holds an unfinished conversion of something else; remove it, or choose another folder"
             )
-        if not begun and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise RequestError(f"{self.folder} exists and is not empty; choose a new folder")
+        if not begun:
+            check_new(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with state.open("a") as file:
             try:

@@ -13,11 +13,16 @@
 A message is one line: what was found, what was expected, what to do next. `exit_code` is what the command line returns.
 """
 
+_LONGEST, _END = 390, 140  # letters of a message, and how many of them are kept of its end
+
 
 class KontextError(Exception):
     """Base class: catching it catches every deliberate failure of this package."""
 
     exit_code = 1
+
+    def __init__(self, message: str = ""):
+        super().__init__(_one_line(message))
 
 
 class RequestError(KontextError, ValueError):
@@ -64,3 +69,13 @@ class SafetyRefusal(KontextError):
     def __init__(self, stage: str, reason: str):
         super().__init__(f"{stage} refused: {reason}")
         self.stage, self.reason = stage, reason
+
+
+def _one_line(text: str) -> str:
+    """Printable and not too long, whatever a stranger's file puts into a message: that must not steer a terminal or fill it.
+
+    The middle is left out: the file's name stands at the beginning, and what to do at the end.
+    """
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - _END - 5]} ... {text[-_END:]}"
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -48,11 +48,13 @@ class Photo:
     """What a careful user would want to know, such as "transparency flattened on white"."""
 
 
-def read_photo(source: str | PathLike[str] | Image.Image | np.ndarray) -> Photo:
-    """Read a file, a PIL image (left as it was) or a uint8 array [H, W], [H, W, 3] or [H, W, 4].
+def read_photo(source: str | PathLike[str] | Image.Image | np.ndarray | Photo) -> Photo:
+    """Read a file, a PIL image (left as it was) or a uint8 array [H, W], [H, W, 3] or [H, W, 4]; a Photo is returned as it is.
 
     Raises ImageError for whatever is missing, damaged, of another format, or too small, large or long.
     """
+    if isinstance(source, Photo):
+        return source
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or not (source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))):
             raise ImageError(

@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 from .backend import compute_dtype, mx, part_dtype
 from .edit import EditRequest, EditResult, Step, pixels_sha256
 from .errors import CheckpointError, KontextError, ModelNotFound, RequestError
+from .finite import not_finite
 from .hub import find_model, local_path
 from .image import KONTEXT_SIZES, nearest_size, noise, pack, position_ids, to_array, to_image, unpack
 from .lora import Adapters, LoraFiles, attach
@@ -32,8 +33,10 @@ from .weights.assemble import assemble
 from .weights.formats import PARTS
 from .weights.load import Checkpoint
 from .weights.save import save_checkpoint
+from .weights.sizes import check_parts
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")
+_SPOKEN = {"transformer": "the transformer", "vae": "the VAE", "text_encoder": "CLIP", "text_encoder_2": "T5"}
 _TARGET, _REFERENCE = 0, 1  # first position axis: the planes the model was trained with
 _PREVIEW_LATENTS = 64  # a preview decodes at most so many a side, 512 pixels
 
@@ -63,6 +66,7 @@ class KontextPipeline:
         self.dtype = compute_dtype(dtype)
         self.name = name or checkpoint.folder.name
         self.defaults = _defaults(checkpoint)
+        check_parts(checkpoint)
         self.sizes = _sizes(checkpoint)
         self._schedule = checkpoint.schedule_config()
         self._flux_config, self._vae_config = checkpoint.config("transformer"), checkpoint.config("vae")
@@ -72,10 +76,13 @@ class KontextPipeline:
         self._parts: dict[str, Any] = {}
         self._loras = LoraFiles(self._flux_config, self.dtype)
         self._attached: Adapters = ()
+        self.phase = ""
+        """What the edit under way is busy with, in words; any thread may read it, as the engine's heartbeat does."""
         vocabulary = checkpoint.t5_vocabulary()
         t5 = checkpoint.where("text_encoder_2") if vocabulary else checkpoint.tokenizer("tokenizer_2")
-        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"))
-        self.text = TextEncoders(clip_ids, t5_tokenizer(t5, vocabulary), self._part, self.dtype)
+        clip_ids = clip_tokenizer(checkpoint.tokenizer("tokenizer"), checkpoint.config("text_encoder").vocab_size)
+        t5_ids = t5_tokenizer(t5, vocabulary, checkpoint.config("text_encoder_2").vocab_size)
+        self.text = TextEncoders(clip_ids, t5_ids, self._part, self.dtype)
         self._thread = threading.get_ident()
 
     @classmethod
@@ -147,7 +154,7 @@ class KontextPipeline:
         results = [step.result for step in self.stream(request) if step.result is not None]
         return results if isinstance(request.seed, Sequence) else results[0]
 
-    def stream(self, image: Any = None, prompt: str | None = None, **options: Any) -> Iterator[Step]:
+    def stream(self, image: Any = None, prompt: str | None = None, **options: Any) -> Generator[Step]:
         """The same edit as a generator of Steps, the last of each seed carrying `.result`; close it to cancel.
 
         The request is checked here, before the first step is asked for.
@@ -158,11 +165,11 @@ class KontextPipeline:
     def _check_thread(self) -> None:
         if threading.get_ident() != self._thread:
             raise KontextError(
-                "this pipeline was made on another thread and MLX's arrays cannot change threads; "
-                "make it and call it on one thread"
+                "this pipeline was made on another thread and MLX's arrays cannot change threads; make it and call it on "
+                "one thread, or use mlx_kontext.engine.Engine, which any thread may call"
             )
 
-    def _story(self, request: EditRequest) -> Iterator[Step]:
+    def _story(self, request: EditRequest) -> Generator[Step]:
         """One edit: the picture, the prompt, the schedule, the loop, the picture."""
         self._check_thread()  # again, now that the first step is asked for
         started = time.perf_counter()
@@ -203,6 +210,7 @@ class KontextPipeline:
 
         def velocity(i: int, x: mx.array) -> mx.array:
             """[1, N, 64] of the target tokens; the reference only looks on."""
+            self.phase = "denoising"
             tokens = (x if reference is None else mx.concatenate([x, reference], axis=1)).astype(self.dtype)
             flux = self._flux_with(adapters)  # at each step: another edit may run between two steps of this one
             wanted, *unwanted = (
@@ -215,7 +223,7 @@ class KontextPipeline:
             before = time.perf_counter()
             for i, x, target in euler(velocity, self._start(request, seed, grid), sigmas):
                 if not mx.isfinite(x).all().item():
-                    raise KontextError(f"step {i + 1}: the latents are no longer finite; try dtype='float32'")
+                    raise self._not_finite(f"the latents of step {i + 1} are", adapters)
                 total, now = len(sigmas) - 1, time.perf_counter()
                 paces.append(now - before)
                 pace = sum(paces[1:]) / len(paces[1:]) if paces[1:] else paces[0]  # the first step also loads weights
@@ -281,6 +289,7 @@ class KontextPipeline:
 
     def _photo(self, request: EditRequest, notices: list[str]) -> Image.Image | None:
         """The input picture upright, sRGB and opaque."""
+        self.phase = "reading the picture"
         if request.image is None:
             return None
         if isinstance(request.image, EditResult):
@@ -327,10 +336,13 @@ class KontextPipeline:
         return height // multiple, width // multiple
 
     def _read_prompt(self, prompt: str, request: EditRequest, budget: Plan, notices: list[str]) -> Conditioning:
+        self.phase = "reading the prompt"
         length = request.max_sequence_length or 0
         if not budget.keep_all and not self.text.knows(prompt, length):
             self._release("transformer")
         conditioning = self.text.encode(prompt, length)
+        if not (mx.isfinite(conditioning.txt).all() & mx.isfinite(conditioning.vec).all()).item():
+            raise self._not_finite("what the text encoders make of the prompt is")
         if conditioning.tokens > length:
             notices.append(
                 f"the prompt has {conditioning.tokens:,} T5 tokens and the model reads {length:,}: its end is cut off"
@@ -339,6 +351,7 @@ class KontextPipeline:
 
     def _reference(self, request: EditRequest, photo: Image.Image, size: tuple[int, int]) -> mx.array:
         """The input as tokens [1, N, 64]: an earlier result's own latents if they still are that picture, else encoded."""
+        self.phase = "encoding the picture"
         earlier = request.image
         if (
             isinstance(earlier, EditResult)
@@ -399,11 +412,12 @@ class KontextPipeline:
         seconds: float,
         notices: tuple[str, ...],
     ) -> EditResult:
+        self.phase = "decoding"
         decoded = self.vae.decode(unpack(x, 2 * grid[0], 2 * grid[1]))
         mx.eval(decoded)
         pixels = np.array(decoded)
         if not np.isfinite(pixels).all():
-            raise KontextError("the decoded picture is not finite; try dtype='float32'")
+            raise self._not_finite("the decoded picture is")
         image = to_image(pixels)
         return EditResult(
             image=image,
@@ -434,10 +448,15 @@ class KontextPipeline:
 
     def _part(self, part: str) -> Any:
         if part not in self._parts:
+            before, self.phase = self.phase, f"loading {_SPOKEN[part]}"
             self._parts[part] = self.checkpoint.model(part, part_dtype(part, self.dtype))
+            self.phase = before
             if part == "transformer":
                 self._attached = ()
         return self._parts[part]
+
+    def _not_finite(self, what: str, adapters: Adapters = ()) -> KontextError:
+        return not_finite(what, self.checkpoint, self._parts, adapters, self.dtype)
 
     def _release(self, *parts: str) -> None:
         for part in parts:
@@ -474,11 +493,15 @@ def _defaults(checkpoint: Checkpoint) -> Defaults:
     known = {field.name for field in dataclasses.fields(Defaults)}
     if not isinstance(values, dict) or not set(values) <= known:
         raise CheckpointError(
-            f"{where}: defaults is {values!r}; expected an object with some of {', '.join(sorted(known))}"
+            f"{where}: defaults is {str(values)[:80]!r}; expected an object with some of {', '.join(sorted(known))}"
         )
-    for name, value in values.items():
-        if type(value) not in (int, float) or not 0 < value <= 1000:
-            raise CheckpointError(f"{where}: defaults.{name} is {value!r}; expected a number above 0")
+    for field in dataclasses.fields(Defaults):
+        value, example = values.get(field.name, field.default), field.default
+        kinds = (int,) if isinstance(example, int) else (int, float)
+        if type(value) not in kinds or not 0 < value <= (1 if field.name == "draft_scale" else 1000):
+            raise CheckpointError(
+                f"{where}: defaults.{field.name} is {str(value)[:80]!r}; expected a number like {example}"
+            )
     return Defaults(**values)
 
 

@@ -199,6 +199,10 @@ def from_block(block: Any, paths: list[str], where: str) -> dict[str, Packing]:
         values: dict[str, Any] = {"mode": "affine"} | own.get(path, common)
         try:
             packing = Packing(**values)
+            if (
+                type(packing.bits) is not int or type(packing.group_size) is not int
+            ):  # 4.0 and True are as good as 4 and 1
+                raise TypeError
             Scheme(packing.bits, packing.group_size, packing.mode)  # checks
         except (TypeError, RequestError):
             raise CheckpointError(

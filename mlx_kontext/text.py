@@ -1,7 +1,6 @@
 """From a prompt to what the transformer reads: T5 states and a pooled CLIP vector, remembered per prompt."""
 
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from .backend import mx
-from .errors import CheckpointError
+from .vocabulary import check_ids, clip_vocabulary, spiece_model, swapped, t5_contents, unusable
+from .weights.load import read_json
 
 _CLIP_LENGTH = 77
 _CLIP_UNMERGED = 514  # entries of vocab.json that no merge makes: bytes, bytes that end a word, start and end token
@@ -65,15 +65,15 @@ class TextEncoders:
         return (prompt, max_sequence_length) in self._memory
 
 
-def clip_tokenizer(folder: Path) -> Callable[[str], list[int]]:
+def clip_tokenizer(folder: Path, vocab_size: int | None = None) -> Callable[[str], list[int]]:
     """CLIP's byte-level BPE from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
 
     The function returned gives start token, at most 75 tokens, and the first end token; padding cannot matter to CLIP.
-    Raises CheckpointError if the files are missing or unusable.
+    vocab_size: rows of the model's table. Raises CheckpointError if the files are missing, unusable or of another model.
     """
-    file = folder / "tokenizer.json"
-    tokenizer = _from_file(file) if file.is_file() else _clip_from_merges(folder)
+    tokenizer = _clip(folder)
     start, end = (_special(tokenizer, token, folder) for token in ("<|startoftext|>", "<|endoftext|>"))
+    check_ids(max(tokenizer.get_vocab().values()), vocab_size, folder)
 
     def ids(text: str) -> list[int]:
         body = tokenizer.encode(text, add_special_tokens=False).ids[: _CLIP_LENGTH - 2]
@@ -84,19 +84,16 @@ def clip_tokenizer(folder: Path) -> Callable[[str], list[int]]:
     return ids
 
 
-def _clip_from_merges(folder: Path) -> Tokenizer:
+def _clip(folder: Path) -> Tokenizer:
+    vocab, merges = clip_vocabulary(folder)
     try:
-        vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-        lines = (folder / "merges.txt").read_text("utf-8").splitlines()
-        pairs = [line.split() for line in lines if line and not line.startswith("#version")]
-        merges = [(first, second) for first, second in pairs]
         if len(merges) < len(vocab) - _CLIP_UNMERGED:  # a download that stopped would give other tokens, silently
             raise ValueError(f"merges.txt has {len(merges)} merges, vocab.json needs {len(vocab) - _CLIP_UNMERGED}")
         bpe = models.BPE(
             vocab, merges, unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""
         )
     except Exception as error:  # tokenizers raises plain Exception
-        raise _unusable(folder, "tokenizer.json, or vocab.json with merges.txt", error) from None
+        raise unusable(folder, "tokenizer.json, or vocab.json with merges.txt", error) from None
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -113,24 +110,34 @@ def _clip_from_merges(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def t5_tokenizer(folder: Path, contents: dict[str, Any] | None = None) -> Callable[[str, int], tuple[list[int], int]]:
+def t5_tokenizer(
+    folder: Path, contents: dict[str, Any] | None = None, vocab_size: int | None = None
+) -> Callable[[str, int], tuple[list[int], int]]:
     """T5's unigram model from `tokenizer.json`, or from `spiece.model`; `contents` are the former's, in place of a file.
 
     The function returned gives exactly `length` ids (end token kept, zeros after it) and how many the whole text has.
-    Raises CheckpointError if the files are missing or unusable.
+    vocab_size: rows of the model's table. Raises CheckpointError if the files are missing, unusable or of another model.
     """
     if contents or (folder / "tokenizer.json").is_file():
-        tokenizer = _from_text(contents, folder) if contents else _from_file(folder / "tokenizer.json")
+        tokenizer = _t5(t5_contents(contents or read_json(folder / "tokenizer.json"), folder), folder)
         # Some published files turn a trailing space into a token. The normaliser makes spaces of zero-width ones, so after it.
         own = [tokenizer.normalizer] if tokenizer.normalizer else []
         tokenizer.normalizer = normalizers.Sequence([*own, normalizers.Strip(left=False)])
         end, pad = (_special(tokenizer, token, folder) for token in ("</s>", "<pad>"))
+        check_ids(max(tokenizer.get_vocab().values()), vocab_size, folder)
 
         def pieces(text: str) -> list[int]:
             return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
         return _fixed_length(pieces, end, pad)
-    return _fixed_length(*_t5_from_sentencepiece(folder))
+    return _fixed_length(*_t5_from_sentencepiece(folder, vocab_size))
+
+
+def _t5(contents: dict[str, Any], folder: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(contents))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise unusable(folder, "a usable vocabulary", error) from None
 
 
 def _fixed_length(
@@ -144,44 +151,23 @@ def _fixed_length(
     return ids
 
 
-def _t5_from_sentencepiece(folder: Path) -> tuple[Callable[[str], list[int]], int, int]:
+def _t5_from_sentencepiece(folder: Path, vocab_size: int | None) -> tuple[Callable[[str], list[int]], int, int]:
     from sentencepiece import SentencePieceProcessor
 
+    raw = spiece_model(folder)  # read by us: sentencepiece reports a missing file on stderr from C++
     try:
         processor = SentencePieceProcessor()
-        # read by us: sentencepiece reports a missing file on stderr from C++
-        processor.LoadFromSerializedProto((folder / "spiece.model").read_bytes())
+        processor.LoadFromSerializedProto(raw)
     except Exception as error:
-        raise _unusable(folder, "tokenizer.json or spiece.model", error) from None
+        raise unusable(folder, "tokenizer.json or spiece.model", error) from None
+    if processor.eos_id() < 0:
+        raise swapped(folder, "has no end token")
+    check_ids(processor.vocab_size() - 1, vocab_size, folder)
     return processor.encode, processor.eos_id(), max(processor.pad_id(), 0)
-
-
-def _from_text(contents: dict[str, Any], where: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(json.dumps(contents))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise _unusable(where, "a usable vocabulary", error) from None
-
-
-def _from_file(path: Path) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_file(os.fspath(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise _unusable(path.parent, "a readable tokenizer.json", error) from None
-    tokenizer.no_truncation()  # lengths are ours to decide, whatever the file was saved with
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _special(tokenizer: Tokenizer, token: str, folder: Path) -> int:
     number: int | None = tokenizer.token_to_id(token)
     if number is None:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has no {token}; are tokenizer/ (CLIP) and tokenizer_2/ (T5) swapped?"
-        )
+        raise swapped(folder, f"has no {token}")
     return number
-
-
-def _unusable(folder: Path, needed: str, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{folder}: {needed} is needed ({reason}); download the model again")

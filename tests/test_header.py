@@ -34,7 +34,7 @@ def refusal(path: Path, reader: Any = read_header) -> str:
     with pytest.raises(CheckpointError) as caught:
         reader(path)
     told = str(caught.value)
-    assert path.name in told and told.isprintable() and len(told) < 400 + len(str(path))
+    assert path.name[:150] in told and told.isprintable() and len(told) < 400 + len(str(path))
     return told
 
 

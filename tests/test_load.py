@@ -12,6 +12,7 @@ import pytest
 from mlx_kontext import CheckpointError, KontextPipeline, RequestError
 from mlx_kontext.hub import demo_folder
 from mlx_kontext.weights import save as saving
+from mlx_kontext.weights import shards
 from mlx_kontext.weights.formats import FORMATS
 from mlx_kontext.weights.load import Checkpoint
 
@@ -30,7 +31,7 @@ def edited(folder: Path) -> np.ndarray:
 
 
 def test_save_and_load_are_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saving, "_SHARD_BYTES", 10**6)  # so that several shards are written
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10**6)  # so that several shards are written
     pipe = KontextPipeline.from_pretrained("demo")
     pipe.save_pretrained(tmp_path / "copy")
     copy = Checkpoint.open(tmp_path / "copy")
@@ -41,10 +42,10 @@ def test_save_and_load_are_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert all(ours[n].dtype == theirs[n].dtype and mx.array_equal(ours[n], theirs[n]) for n in ours)
     assert np.array_equal(edited(tmp_path / "copy"), edited(demo_folder()))
 
-    shards = copy.files("transformer")
-    assert len(shards) > 3 and all(path.stat().st_size < 1.3e6 for path in shards)
-    for path in shards:
-        assert len({saving.is_modulation(name) for name in mx.load(str(path))}) == 1  # modulation lies apart
+    files = copy.files("transformer")
+    assert len(files) > 3 and all(path.stat().st_size < 1.3e6 for path in files)
+    for path in files:
+        assert len({shards.is_modulation(name) for name in mx.load(str(path))}) == 1  # modulation lies apart
     with pytest.raises(RequestError, match="not empty"):
         pipe.save_pretrained(tmp_path / "copy")
 

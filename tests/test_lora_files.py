@@ -26,7 +26,9 @@ Tensors = dict[str, torch.Tensor]
 def read(path: Path) -> Adapter:
     """For a transformer of 4 heads of 32, two double and three single blocks."""
     sizes = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 4, "attention_head_dim": 32}
-    return read_adapter(path, FluxConfig(**sizes, joint_attention_dim=64, pooled_projection_dim=64))
+    return read_adapter(
+        path, FluxConfig(**sizes, axes_dims_rope=(8, 12, 12), joint_attention_dim=64, pooled_projection_dim=64)
+    )
 
 
 # --- what is refused ---

@@ -1,6 +1,7 @@
 """The pipeline's behaviour with the demo model: what a request becomes, what comes back, how it stops."""
 
 import dataclasses
+import re
 import threading
 from pathlib import Path
 
@@ -8,9 +9,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_kontext import EditRequest, EditResult, KontextError, KontextPipeline, RequestError, ResourceError
+from mlx_kontext import (
+    AdapterError,
+    CheckpointError,
+    EditRequest,
+    EditResult,
+    KontextError,
+    KontextPipeline,
+    RequestError,
+    ResourceError,
+)
 from mlx_kontext.backend import mx, tree_flatten
+from mlx_kontext.finite import not_finite
 from mlx_kontext.image import noise, pack
+from mlx_kontext.lora import Adapter
 
 SAMPLE = Path(__file__).parent.parent / "assets" / "sample.png"
 PROMPT = "make the circle green"
@@ -177,7 +189,26 @@ def test_another_thread_is_refused(pipe: KontextPipeline) -> None:
     thread = threading.Thread(target=use)
     thread.start()
     thread.join()
-    assert len(errors) == 2 and all("one thread" in error for error in errors)
+    assert len(errors) == 2 and all("mlx_kontext.engine.Engine, which any thread may call" in error for error in errors)
+
+
+def test_the_phase_tells_what_an_edit_is_busy_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases: list[str] = []
+    before = KontextPipeline.__setattr__
+
+    def noted(self: KontextPipeline, name: str, value: object) -> None:
+        if name == "phase" and value not in phases[-1:]:
+            phases.append(str(value))
+        before(self, name, value)
+
+    monkeypatch.setattr(KontextPipeline, "__setattr__", noted)
+    pipe = KontextPipeline.from_pretrained("demo")
+    pipe(image=SAMPLE, prompt=PROMPT, seed=[1, 2], num_inference_steps=1)
+    spoken = [phase for phase in phases if not phase.startswith("loading ")]
+    once = ["", "reading the picture", "reading the prompt", "encoding the picture", "denoising", "decoding"]
+    assert [p for i, p in enumerate(spoken) if p != spoken[i - 1] or not i] == [*once, "denoising", "decoding"]
+    loads = {phase for phase in phases if phase.startswith("loading ")}
+    assert loads == {"loading T5", "loading CLIP", "loading the VAE", "loading the transformer"}
 
 
 def test_models_take_turns_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,5 +256,32 @@ def test_sixteen_bits_agree_with_fp32(pipe: KontextPipeline, dtype: str) -> None
 def test_not_finite_latents_are_an_error_not_a_black_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = KontextPipeline.from_pretrained("demo")
     pipe.flux.final_layer.linear.bias = mx.full((64,), float("nan"))
-    with pytest.raises(KontextError, match="step 1: the latents are no longer finite"):
+    with pytest.raises(KontextError, match=r"final_layer\.linear\.bias\): the latents of step 1 are not finite"):
         pipe(image=SAMPLE, prompt=PROMPT)
+
+
+def test_who_is_to_blame_for_no_number() -> None:
+    pipe = KontextPipeline.from_pretrained("demo")
+    broken, whole = {"vae": pipe.vae}, {"transformer": pipe.flux}
+    pipe.vae.decoder.conv_out.bias = mx.full((3,), 1e30)
+    lora = (Adapter("style.safetensors", "", "", {}), 0.5)
+    for parts, adapters, dtype, error, told in (
+        (
+            broken,
+            [lora],
+            mx.float32,
+            CheckpointError,
+            r"vae: 1 tensors hold .* far too large \(decoder\.conv_out\.bias\)",
+        ),
+        (
+            whole,
+            [lora],
+            mx.float32,
+            AdapterError,
+            r"the LoRA style\.safetensors at 0\.5; leave it out or lower its scale",
+        ),
+        (whole, [], mx.bfloat16, KontextError, r"in bfloat16; try dtype='float32'"),
+        (whole, [], mx.float32, CheckpointError, "model: x is not finite, though each weight is"),
+    ):
+        found = not_finite("x is", pipe.checkpoint, parts, adapters, dtype)
+        assert type(found) is error and re.search(told, str(found))

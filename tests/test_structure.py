@@ -17,9 +17,9 @@ PACKAGE = Path(mlx_kontext.__file__).parent
 # Each layer may import from its own and from those after it.
 LAYERS = [
     {"cli", "cli_models", "cli_convert", "cli_sessions", "__main__", "doctor", "inspection"},
-    {"pipeline", "convert"},
-    {"provenance", "sampling", "text", "image", "photo", "plan", "weights", "config", "lora", "quantize"}
-    | {"hub", "hub_errors", "cached", "card"}
+    {"pipeline", "convert", "engine", "engine_process", "worker"},
+    {"provenance", "sampling", "text", "vocabulary", "image", "photo", "plan", "weights", "config", "lora"}
+    | {"quantize", "finite", "hub", "hub_errors", "cached", "card", "messages", "wire", "awake"}
     | {"sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns"},
     {"models"},
     {"edit", "errors", "disk", "terminal", "backend", "__init__"},
@@ -27,6 +27,7 @@ LAYERS = [
 UPWARDS = {("edit", "provenance")}  # result.save(): what a user expects on the result, done where files are known
 WITHOUT_MLX = ["edit", "errors", "disk", "provenance", "image", "photo", "config", "hub", "cached", "card"]
 WITHOUT_MLX += ["sessions", "recipes", "upkeep", "log", "history", "kept", "store", "turns"]
+WITHOUT_MLX += ["engine", "engine_process", "worker", "messages", "wire", "awake"]
 WITHOUT_MLX += ["cli", "cli_convert", "cli_sessions"]
 
 

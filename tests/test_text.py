@@ -187,7 +187,7 @@ def test_damage_is_told(tmp_path: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     for open_tokenizer in (clip_tokenizer, t5_tokenizer):
-        with pytest.raises(CheckpointError, match="is needed") as caught:
+        with pytest.raises(CheckpointError, match=r"is needed|is not readable JSON|expected a JSON object") as caught:
             open_tokenizer(tmp_path)
         assert "\n" not in str(caught.value)
 

@@ -203,7 +203,9 @@ def main() -> None:
         "chains of five, 28 steps": (chain, tasks(300, full), chain_summary),
     }
     kept: dict[str, Any] = {}
-    with multiprocessing.get_context("spawn").Pool(args.processes, start, ({"model": args.model, "quantize": args.quantize},)) as pool:
+    with multiprocessing.get_context("spawn").Pool(
+        args.processes, start, ({"model": args.model, "quantize": args.quantize},)
+    ) as pool:
         for name, (work, todo, summarize) in sections.items():
             if args.only and not any(name.startswith(only) for only in args.only):
                 continue

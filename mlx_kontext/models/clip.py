@@ -23,6 +23,16 @@ class CLIPConfig:
 
     REQUIRED: ClassVar[dict[str, Any]] = {"hidden_act": "quick_gelu"}
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no CLIP has."""
+        if self.num_hidden_layers > 256 or self.hidden_size % self.num_attention_heads or not self.layer_norm_eps > 0:
+            raise ValueError(
+                f"{self.num_hidden_layers} layers {self.hidden_size} wide of {self.num_attention_heads} heads, layer_norm_eps "
+                f"{self.layer_norm_eps}; CLIP-L has 12 layers 768 wide of 12 heads"
+            )
+        if self.max_position_embeddings < 77:
+            raise ValueError(f"max_position_embeddings is {self.max_position_embeddings}; CLIP reads 77 tokens")
+
 
 class Embeddings(nn.Module):
     def __init__(self, config: CLIPConfig):

@@ -31,6 +31,18 @@ class FluxConfig:
 
     REQUIRED: ClassVar[dict[str, Any]] = {"guidance_embeds": True, "patch_size": 1}
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no transformer has, so that none is built of a million blocks."""
+        axes = self.axes_dims_rope
+        if len(axes) != 3 or any(dims % 2 for dims in axes) or sum(axes) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope is {axes!r:.80}; expected three even sizes, {self.attention_head_dim} together as a head is wide"
+            )
+        if self.num_layers + self.num_single_layers > 512 or self.hidden > 2**16:
+            raise ValueError(
+                f"{self.num_layers} and {self.num_single_layers} blocks {self.hidden} wide; FLUX.1 has 19 and 38 of 3072"
+            )
+
     @property
     def hidden(self) -> int:
         return self.num_attention_heads * self.attention_head_dim

@@ -28,6 +28,16 @@ class T5Config:
 
     REQUIRED: ClassVar[dict[str, Any]] = {"feed_forward_proj": "gated-gelu"}
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no T5 has."""
+        if self.num_layers > 256 or self.num_heads * self.d_kv > 2**16 or not self.layer_norm_epsilon > 0:
+            raise ValueError(
+                f"{self.num_layers} layers of {self.num_heads} heads {self.d_kv} wide, layer_norm_epsilon "
+                f"{self.layer_norm_epsilon}; T5 v1.1 XXL has 24 layers of 64 heads 64 wide"
+            )
+        if not 4 <= self.relative_attention_num_buckets <= 256:  # which bucket is a matter of powers of this order
+            raise ValueError(f"relative_attention_num_buckets is {self.relative_attention_num_buckets}; T5 has 32")
+
 
 class Attention(nn.Module):
     def __init__(self, config: T5Config, has_bias: bool):

@@ -33,6 +33,19 @@ class VAEConfig:
         "mid_block_add_attention": True,
     }
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no autoencoder of pictures has."""
+        widths, groups = self.block_out_channels, self.norm_num_groups
+        if len(widths) > 8 or self.layers_per_block > 64 or any(width % groups for width in widths):
+            raise ValueError(
+                f"{self.layers_per_block} blocks at each width of {widths!r:.80}, normed in {groups} groups; expected at most 8 "
+                "widths that divide into groups"
+            )
+        if self.in_channels != 3 or self.out_channels != 3 or not abs(self.scaling_factor) > 1e-6:
+            raise ValueError(
+                f"{self.in_channels} channels in, {self.out_channels} out, scaled by {self.scaling_factor}; expected 3 and 3"
+            )
+
     @property
     def downsampling(self) -> int:
         """Pixels of the picture per latent, along a side."""

@@ -34,8 +34,12 @@ _T5_BLOCK = {  # llama.cpp -> Hugging Face
 _T5_OUTSIDE = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
 _T5_DECODER = ("dec.", "output.")
 
-# T5's character map (sentencepiece's nmt_nfkc). The tokenizers library panics over a crafted one.
-_CHARSMAP = "0942789e0111452f1cc446f70036e26d24458c3c7858c53cc12ca4d87531279b"
+# T5's character map (sentencepiece's nmt_nfkc of 2019), and the same of sentencepiece 0.2. A crafted one makes the tokenizers
+# library panic.
+CHARSMAPS = (
+    "0942789e0111452f1cc446f70036e26d24458c3c7858c53cc12ca4d87531279b",
+    "1e2c7b43d3ee9755ceaa2ac335e253d8703604e0249ee1e81156c92b46423844",
+)
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED = 1, 2, 3, 4, 5  # sentencepiece's kinds of tokens
 _T = TypeVar("_T")
 
@@ -138,7 +142,7 @@ def _t5_vocabulary(metadata: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[
     if not {"<pad>", "</s>"} <= {token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL}:
         raise ValueError("it has no control tokens <pad> and </s>")
     table = bytes(number & 255 for number in charsmap)  # some tools write signed bytes
-    if hashlib.sha256(table).hexdigest() != _CHARSMAP:
+    if hashlib.sha256(table).hexdigest() not in CHARSMAPS:
         raise ValueError(f"its character map ({len(table):,} bytes) is not T5's")
     return tokens, scores, kinds, table
 

@@ -19,7 +19,8 @@ from ..errors import CheckpointError
 
 _MAX_JSON = 8 * 2**20  # bytes; headers and indexes of FLUX stay under 1 MB
 _MAX_DEPTH = 6
-_MAX_TOKENS = 2**19  # strings, brackets, commas: 30,000 tensors, while 8 MB of "{}" would take 300 MB to parse
+_MAX_TOKENS = 2**18  # strings, brackets, commas: 15,000 tensors, while 8 MB of "{}" would take 300 MB to parse
+_MAX_NAMES = 2**15  # of an index; all it says is looked at several times
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)  # possessive: linear on any input
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\.safetensors")
 _BITS = {
@@ -69,18 +70,28 @@ def read_index(path: Path) -> dict[str, Path]:
     Raises CheckpointError, in one line, for a damaged index, a name that leads elsewhere, or a shard that is missing.
     """
     with _opened(path) as file:
-        raw = file.read(_MAX_JSON + 1)
-        if len(raw) > _MAX_JSON:
-            raise ValueError("the file is over 8 MB; expected a small index of names")
-        names = _parse(raw).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise ValueError("it has no weight_map; expected tensor names and the files they are in")
+        names = _parse(_small(file, "a small index of names")).get("weight_map")
+        if not isinstance(names, dict) or not 0 < len(names) <= _MAX_NAMES:
+            raise ValueError("it has no weight_map; expected some thousand tensor names and the files they are in")
         for name, shard in names.items():
             _expect_name(name)
             if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
                 raise ValueError(f"{_cut(name)} is said to be in {_cut(shard)}; expected a safetensors file beside it")
         shards = {shard: _shard(path.parent, shard) for shard in sorted(set(names.values()))}
         return {name: shards[shard] for name, shard in names.items()}
+
+
+def read_small(path: Path, expected: str) -> bytes:
+    """All bytes of a file that has no reason to be large. Raises CheckpointError for over 8 MB, and for what is no file."""
+    with _opened(path) as file:
+        return _small(file, expected)
+
+
+def _small(file: BinaryIO, expected: str) -> bytes:
+    raw = file.read(_MAX_JSON + 1)
+    if len(raw) > _MAX_JSON:
+        raise ValueError(f"the file is over 8 MB; expected {expected}")
+    return raw
 
 
 def _header(raw: bytes, data: int) -> Header:

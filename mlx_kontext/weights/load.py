@@ -25,7 +25,7 @@ from ..models.vae import AutoEncoder, VAEConfig
 from ..quantize import Chosen, Scheme, choose, from_block, packed_sizes, unpacked_shapes
 from ..sampling import ScheduleConfig
 from .formats import FORMATS, PARTS, Format, Piece, Tensors
-from .header import TensorInfo, read_header, read_index
+from .header import TensorInfo, _cut, read_header, read_index, read_small
 from .pack import quantize_tensors
 
 MODELS: dict[str, tuple[Any, Any]] = {
@@ -37,6 +37,7 @@ MODELS: dict[str, tuple[Any, Any]] = {
 _BASES = ("model", "diffusion_pytorch_model")
 _READABLE = ("F32", "F16", "BF16")
 _PACKED = {"weight": "U32", "scales": "U8"}  # of a quantized layer; fp modes have scales of one byte
+_MAX_VALUES = 2**19  # of a JSON file; a tokenizer.json of CLIP has half as many
 _CODES = (mx.uint32, mx.uint8)  # never cast: packed weights, and the scales of fp modes
 _T = TypeVar("_T")
 
@@ -67,7 +68,7 @@ class Checkpoint:
             if form.matches(index):
                 return cls(folder, form, index, scheme)
         raise CheckpointError(
-            f"{folder} holds a {index.get('_class_name', 'model of no named class')}; expected FluxKontextPipeline "
+            f"{folder} holds a {str(index.get('_class_name', 'model of no named class'))[:80]}; expected FluxKontextPipeline "
             "(FLUX.1 Kontext [dev]) or our own KontextPipeline"
         )
 
@@ -315,7 +316,7 @@ def from_json(config: type[_T], path: Path) -> _T:
     for key, needed in getattr(config, "REQUIRED", {}).items():
         if values.get(key, needed) != needed:
             raise CheckpointError(
-                f"{path}: {key} is {values[key]!r}; FLUX.1 Kontext has {needed!r}, this is another model"
+                f"{path}: {key} is {_cut(values[key])}; FLUX.1 Kontext has {needed!r}, this is another model"
             )
     taken = {}
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -332,20 +333,24 @@ def from_json(config: type[_T], path: Path) -> _T:
         else:
             ok = type(value) in (int, float) and abs(value) < 1e6
         if not ok:
-            raise CheckpointError(f"{path}: {field.name} is {value!r}; expected something like {default!r}")
+            raise CheckpointError(f"{path}: {field.name} is {_cut(value)}; expected something like {default!r}")
         taken[field.name] = value
-    return config(**taken)
+    try:
+        return config(**taken)
+    except ValueError as error:  # each size may be, and all of them together not
+        raise CheckpointError(f"{path}: {error}; download the model again") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 8 MB. Raises CheckpointError."""
+    """A JSON object of at most 8 MB and half a million values: more would take 300 MB. Raises CheckpointError."""
+    if not path.is_file():  # a named pipe too: it would wait for its writer
+        raise CheckpointError(f"{path} is missing; download the model again")
+    raw = read_small(path, "a small JSON file")
     try:
-        if path.stat().st_size > 8 * 2**20:
-            raise CheckpointError(f"{path} is over 8 MB; expected a small JSON file")
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; download the model again") from None
-    except (OSError, ValueError, RecursionError) as error:
+        if sum(raw.count(mark) for mark in (b",", b":", b"[", b"{")) > _MAX_VALUES:
+            raise ValueError("it has over half a million values")
+        values = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({str(error).splitlines()[0]}); download the model again"
         ) from None

@@ -36,6 +36,7 @@ _XLABS = re.compile(r"(.+\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight
 _ROLES = {"lora_A": "down", "lora_down": "down", "down": "down", "lora_B": "up", "lora_up": "up", "up": "up"}
 _DIFFUSERS = ("transformer_blocks", "single_transformer_blocks", "time_text_embed", "x_embedder", "context_embedder")
 _PLAIN = "take a plain LoRA of it"
+_MAX_NOTES = 2**20  # letters of metadata that are parsed; 8 MB of JSON could take 300 MB
 _SOME_ADAPTER = re.compile(r"lora_|_lora|lokr_|hada_|\.[ab][12]\.weight$|oft_|\.diff(_b)?$|\.set_weight$|\.dora_scale$")
 # In this order: BFL's control LoRAs have biases too, which alone would be told as such.
 _REFUSED = (
@@ -163,8 +164,12 @@ def fit(spelling: Spelling, header: Header, config: FluxConfig, where: str) -> l
         else:
             down, up = header.tensors[keys["down"]].shape, header.tensors[keys["up"]].shape
             rank = down[0] if down else 0
-            if rank < 1 or down != (rank, place.columns) or up != (place.rows, rank):
-                problems["misshaped"].append(f"{module} {up} {down} instead of ({place.rows}, r) (r, {place.columns})")
+            most = max(place.out, place.columns)  # a whole matrix has no more
+            if not 1 <= rank <= most or down != (rank, place.columns) or up != (place.rows, rank):
+                problems["misshaped"].append(
+                    f"{module} {up} {down} instead of ({place.rows}, r) (r, {place.columns})"
+                    + (f", r at most {most}" if rank > most else "")
+                )
             gain = None if "alpha" in keys else _gain(spelling.config, module, rank, where)
             pairs.append(Pair(place, keys["down"], keys["up"], keys.get("alpha"), gain, rank))
     pairs.sort(key=lambda pair: (pair.place.target, pair.place.start))
@@ -241,7 +246,7 @@ def _peft_config(text: str | None, where: str) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        values = json.loads(text)
+        values = json.loads(text) if len(text) < _MAX_NOTES else None
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
@@ -264,6 +269,6 @@ def _gain(config: Mapping[str, Any], module: str, rank: int, where: str) -> floa
             break
     if alpha is None:
         return None
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if type(alpha) not in (int, float) or not abs(alpha) <= 1e12:  # NaN is neither, and some integers are no float
         raise AdapterError(f"{where}: its lora_alpha is {str(alpha)[:80]!r}; expected a number")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else max(rank, 1))

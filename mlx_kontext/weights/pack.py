@@ -54,10 +54,13 @@ def pack_matrix(weight: mx.array, packing: Packing, name: str = "weight") -> Ten
     chunks = []
     for start in range(0, weight.shape[0], rows):
         chunk = weight[start : start + rows]
+        packed: tuple[mx.array, ...]
         if packing.mode == "affine" and packing.bits <= _SEARCHED_BITS:
             packed = search(chunk, packing, dtype)
-        else:
-            packed = mx.quantize(chunk.astype(dtype), packing.group_size, packing.bits, packing.mode)
+        else:  # in fp32, where MLX is fastest on a CPU; codes are chosen before scales are rounded in any dtype
+            packed = mx.quantize(chunk.astype(mx.float32), packing.group_size, packing.bits, packing.mode)
+            if packing.mode == "affine":
+                packed = (packed[0], *(x.astype(dtype) for x in packed[1:]))
         mx.eval(packed)
         chunks.append(packed)
     names = ("weight", "scales", "biases")

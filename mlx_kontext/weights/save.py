@@ -85,9 +85,18 @@ def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
 
     Raises RequestError if the folder exists and is not empty, ResourceError on a full disk.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"{folder} exists and is not empty; choose a new folder")
+    check_new(folder)
     write_folder(checkpoint, outputs(checkpoint), folder)
+
+
+def check_new(folder: Path) -> None:
+    """Raises RequestError unless `folder` is a folder that is empty, or is not there and can be."""
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise explain(error, folder) from None
+    if taken:
+        raise RequestError(f"{folder} exists and is not empty; choose a new folder")
 
 
 def write_folder(

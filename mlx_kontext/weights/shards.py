@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -72,6 +73,7 @@ def write_shard(
         room = -(-len(_header(shard, dict.fromkeys(shard.tensors, mx.bfloat16))) // 8) * 8
         with temporary.open("r+b") as file:
             file.seek(8 + room)
+            written = writer.submit(int)  # what is being written while the next tensor is made
             for name, (dtype, shape) in shard.tensors.items():
                 value = take(name)
                 if tuple(value.shape) != shape or value.dtype.size != dtype.size:
@@ -79,15 +81,18 @@ def write_shard(
                 found[name] = value.dtype
                 raw = mx.contiguous(value).reshape(-1).view(mx.uint8)
                 mx.eval(raw)
+                written.result()
                 if raw.size:
-                    file.write(memoryview(raw))  # type: ignore[arg-type]  # arrays are buffers
+                    written = writer.submit(file.write, memoryview(raw))  # type: ignore[arg-type]  # arrays are buffers
                 del value, raw
                 mx.clear_cache()
                 progress(name)
+            written.result()
             file.seek(0)
             file.write(room.to_bytes(8, "little") + _header(shard, found).ljust(room))
 
-    replace_atomic(folder / shard.file, write, overwrite=True)
+    with ThreadPoolExecutor(1) as writer:
+        replace_atomic(folder / shard.file, write, overwrite=True)
 
 
 def _header(shard: Shard, dtypes: dict[str, mx.Dtype]) -> bytes:

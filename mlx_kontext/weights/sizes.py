@@ -1,4 +1,4 @@
-"""The sizes of a model read from its tensors, for files that have no config.json beside them.
+"""The sizes of a model read from its tensors, for files that have no config.json beside them; and whether parts fit together.
 
 What shapes cannot tell (rotary axes, head counts, groups) is FLUX.1's.
 """
@@ -11,8 +11,9 @@ from ..models.clip import CLIPConfig
 from ..models.flux import FluxConfig
 from ..models.t5 import T5Config
 from ..models.vae import VAEConfig
-from .formats import Tensors
+from .formats import PARTS, Tensors
 from .layouts import blocks
+from .load import Checkpoint
 
 _GROUP = 64  # of quantized layers whose width nothing else tells; what MLX and mflux choose
 
@@ -23,11 +24,31 @@ def sizes_of(part: str, tensors: Tensors, where: str) -> Any:
     Raises CheckpointError if a tensor that tells a size is missing, or for rotary axes we cannot know.
     """
     try:
-        return _SIZES[part](tensors, where)
+        config = _SIZES[part](tensors, where)
+        if any(size < 1 for size in vars(config).values() if isinstance(size, int)):
+            raise IndexError
+        return config
     except KeyError as error:
         raise CheckpointError(f"{where}: 1 tensor missing ({error.args[0]}); is this the whole, right model?") from None
     except (IndexError, ZeroDivisionError):
         raise CheckpointError(f"{where}: its tensors have shapes that no such model has; download it again") from None
+    except ValueError as error:  # a config's word for sizes that no such model has
+        raise CheckpointError(f"{where}: {error}; download it again") from None
+
+
+def check_parts(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError unless the transformer takes what the three other parts give, as parts of one model do."""
+    flux, vae, clip, t5 = (checkpoint.config(part) for part in PARTS)
+    for part, gives, takes in (
+        ("vae", 4 * vae.latent_channels, flux.in_channels),
+        ("text_encoder", clip.hidden_size, flux.pooled_projection_dim),
+        ("text_encoder_2", t5.d_model, flux.joint_attention_dim),
+    ):
+        if gives != takes:
+            raise CheckpointError(
+                f"{checkpoint.where(part)}: the {PARTS[part]} gives vectors of {gives} numbers and the transformer in "
+                f"{checkpoint.where('transformer')} takes {takes}; are these parts of one model?"
+            )
 
 
 def _columns(tensors: Tensors, name: str, group: int = _GROUP) -> int:

@@ -34,6 +34,7 @@ _NUMPY = {
 }
 _SCALES = ("scale_weight", "weight_scale")  # ComfyUI's old and new word for what fp8 and int8 weights are multiplied by
 _ASIDE = (*_SCALES, "scale_input", "input_scale", "comfy_quant")  # not weights; input scales serve fp8 products only
+_MAX_NOTES = 2**20  # letters of ComfyUI's metadata; 8 MB of JSON could take 300 MB to parse
 _INDEXES = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 
 
@@ -258,7 +259,8 @@ def comfy_formats(contents: Contents) -> dict[str, str]:
     """Layer -> the quantization ComfyUI notes for it, in a small tensor `comfy_quant` or in the metadata."""
     found: dict[str, str] = {}
     try:
-        layers = json.loads(contents.metadata.get("_quantization_metadata", "{}")).get("layers", {})
+        notes = contents.metadata.get("_quantization_metadata", "{}")
+        layers = json.loads(notes if len(notes) < _MAX_NOTES else "").get("layers", {})
         for name, stored in contents.tensors.items():
             if name.endswith(".comfy_quant") and stored.info.dtype == "U8" and stored.info.nbytes <= 4096:
                 layers[name.removesuffix(".comfy_quant")] = json.loads(read_bytes(stored).tobytes())
