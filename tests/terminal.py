@@ -83,7 +83,7 @@ def kitty_commands(data: bytes) -> list[KittyCommand]:
     for match in re.finditer(rb"\x1b_G([^;\x1b]*)(?:;([^\x1b]*))?\x1b\\", data):
         options = dict(part.split("=", 1) for part in match[1].decode().split(","))
         payload = match[2] or b""
-        if len(payload) > 4096 or more and set(options) - {"m", "q"}:
+        if len(payload) > 4096 or (more and set(options) - {"m", "q"}):
             raise ValueError(f"a chunk of {len(payload)} bytes with {options}")
         if more:
             found[-1] = KittyCommand(found[-1].options, found[-1].payload + payload, match.end())

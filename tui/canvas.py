@@ -17,7 +17,7 @@ from textual.strip import Strip
 from textual.timer import Timer
 from textual.widget import Widget
 
-from . import images, pixels, wire
+from . import driver, images, pixels
 from .terminal import DEFAULT_CELL, Terminal, cell_pixels, detect
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class Canvas(Widget):
         self._inline_place: Region | None = None
         """Where an inline picture was last drawn and still stands, as far as we know."""
         self._rest: Timer | None = None
-        self._left = False
+        self._inline_due = False
+        self._left = self._hidden = False
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -90,6 +91,11 @@ class Canvas(Widget):
     def bytes_sent(self) -> int:
         """Bytes of pictures sent as pixels so far; cells are not counted."""
         return self.inline_bytes_sent + (self._kitty.bytes_sent if self._kitty else 0)
+
+    @property
+    def _in_sight(self) -> bool:
+        """Whether pixels may be sent: nothing lies over all of us, and the terminal is ours."""
+        return not self._left and not self._hidden and self.screen is self.app.screen
 
     @property
     def picture_rows(self) -> int:
@@ -109,7 +115,8 @@ class Canvas(Widget):
             self._forget_pixels()
             self.refresh()
             return 0
-        if not self.takes_pixels or self._left or self.screen is not self.app.screen:
+        if not self.takes_pixels or not self._in_sight:
+            self._inline = self._inline_place = None
             self._strips = self._half_blocks(drawing)
             self.refresh()
             return _HALF_BLOCK_BYTES * drawing.columns * drawing.rows
@@ -124,6 +131,9 @@ class Canvas(Widget):
         row = y - (self.picture_rows - len(self._strips)) // 2
         if not 0 <= row < len(self._strips):
             return Strip.blank(width, base)
+        if self._inline is not None and not self._inline_due:  # these cells are about to wipe it
+            self._inline_due = True
+            self.call_after_refresh(self._write_inline)
         strip = self._strips[row]
         if self.depth == "shades":
             strip = strip.apply_style(base)
@@ -155,18 +165,18 @@ class Canvas(Widget):
             self._write_inline()  # over the old one: the half-blocks below need not flash up
         else:
             self.refresh()
-            self.call_after_refresh(self._write_inline)
 
     def _sharpen(self, drawing: Drawing) -> None:
         self.run_worker(self._send_sharp(drawing), group="sharp", exclusive=True)
 
     async def _send_sharp(self, drawing: Drawing) -> None:
         data = await asyncio.to_thread(self._encode, drawing, pixels.SHARP_SIDE, pixels.SHARP_BYTES)
+        if self._drawing is not drawing or not self._in_sight:
+            return  # and not kept: what was sent of it is the small picture, and `_sharp` says that it is sharp
         self._sharp[drawing.key] = data
         for key in list(self._sharp)[:-2]:  # two, as one flips between two
             del self._sharp[key]
-        if self._drawing is drawing and not self._left and self.screen is self.app.screen:
-            self._show_pixels(drawing, data)
+        self._show_pixels(drawing, data)
 
     def _encode_quick(self, drawing: Drawing) -> bytes:
         return self._encode(drawing, pixels.QUICK_SIDE, pixels.QUICK_BYTES)
@@ -189,6 +199,7 @@ class Canvas(Widget):
         return Region(left, area.y + (self.picture_rows - drawing.rows) // 2, drawing.columns, drawing.rows)
 
     def _write_inline(self) -> None:
+        self._inline_due = False
         if self._inline is None or self._drawing is None:
             return
         place = self._place(self._drawing)
@@ -202,7 +213,7 @@ class Canvas(Widget):
             return
         text = pixels.inline_picture(self._inline, place.x, place.y, place.width, place.height)
         self.inline_bytes_sent += len(text)
-        wire.write(self.app, text)
+        driver.write(self.app, text)
         self._inline_place = place
 
     def _covered(self, place: Region) -> bool:
@@ -231,8 +242,8 @@ class Canvas(Widget):
             plain = self.app.no_color or system not in ("truecolor", "256")
             self.depth = "shades" if plain else "truecolor" if system == "truecolor" else "256"
         if self.terminal.pictures == "kitty" and self.depth == "truecolor":  # a picture's number is sent as a colour
-            self._kitty = pixels.KittyPictures(lambda text: wire.write(self.app, text), tmux=self.terminal.tmux)
-        wire.before_leaving(self.app, self._leave)
+            self._kitty = pixels.KittyPictures(lambda text: driver.write(self.app, text), tmux=self.terminal.tmux)
+        driver.before_leaving(self.app, self._leave)
         self.app.app_resume_signal.subscribe(self, self._come_back)
         self.app.screen_change_signal.subscribe(self, self._on_screen_change, immediate=True)
         self.screen.screen_layout_refresh_signal.subscribe(self, self._on_layout)
@@ -241,9 +252,11 @@ class Canvas(Widget):
         self._forget_pixels()
 
     def on_hide(self) -> None:
+        self._hidden = True
         self._forget_pixels()
 
     def on_show(self) -> None:
+        self._hidden = False
         self.paint(self._drawing, self._kept)
 
     def _on_screen_change(self, screen: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from rich.color import Color, ColorType
+from rich.color import Color, ColorSystem, ColorType
 from rich.color_triplet import ColorTriplet
 from rich.segment import Segment
 from rich.style import Style
@@ -74,22 +74,15 @@ def _pair_style(pair: bytes) -> Style:
 
 @cache
 def palette() -> list[tuple[int, int, int]]:
-    """The xterm colours 16 to 255 that come out of Rich's conversion to 256 colours as themselves, each once."""
-    levels = (0, 95, 135, 175, 215, 255)
-    colours = [(r, g, b) for r in levels for g in levels for b in levels]
-    colours += [(grey, grey, grey) for grey in range(8, 239, 10)]
-    seen: dict[int, tuple[int, int, int]] = {}
-    for colour in colours:
-        number = Color.from_rgb(*colour).downgrade(_eight_bit()).number
-        if number is not None and colour == _xterm(number):
-            seen.setdefault(number, colour)
-    return list(seen.values())
+    """The xterm colours 16 to 255 that Rich, which writes them to the terminal, turns into themselves and no other."""
+    colours = dict.fromkeys(_xterm(number) for number in range(16, 256))
+    return [colour for colour in colours if _xterm(_rich_number(colour)) == colour]
 
 
-def _eight_bit() -> int:
-    from rich.color import ColorSystem
-
-    return ColorSystem.EIGHT_BIT
+def _rich_number(colour: tuple[int, int, int]) -> int:
+    number = Color.from_rgb(*colour).downgrade(ColorSystem.EIGHT_BIT).number
+    assert number is not None
+    return number
 
 
 def _xterm(number: int) -> tuple[int, int, int]:

@@ -11,12 +11,13 @@ from rich.cells import set_cell_size
 from rich.segment import Segment
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.geometry import Region
 from textual.strip import Strip
 from textual.timer import Timer
 
 from mlx_kontext.terminal import safe_text
 
-from . import images, viewport, wire
+from . import driver, images, viewport
 from .canvas import Canvas, Drawing
 from .pixels import MOST_CELLS
 from .viewport import Stand, View
@@ -215,6 +216,7 @@ class Stage(Canvas, can_focus=True):
         pictures = tuple(one.at(window.scale) for one in shown)
         draw = partial(viewport.draw, pictures, self.view, stand, divider)
         key = (shown, self.view, stand, divider)
+        self.refresh(Region(0, self.size.height - 1, self.size.width, 1))  # an inline picture is replaced without it
         return self.paint(Drawing(key, window.columns, window.rows, draw, lasting=front is not self._preview), keep)
 
     def render_line(self, y: int) -> Strip:
@@ -243,7 +245,7 @@ class Stage(Canvas, can_focus=True):
     def _draw_preview(self) -> None:
         """Draw the newest frame if it is due and the terminal keeps up, else look again later."""
         wait = self._preview_due - time.monotonic()
-        if wire.backlog(self.app) > _BUSY_WRITES:
+        if driver.backlog(self.app) > _BUSY_WRITES:
             wait = max(wait, PREVIEW_SECONDS)
         if wait > 0.01:  # a timer of 0 seconds never fires
             self._preview_timer = self.set_timer(wait, self._draw_preview)

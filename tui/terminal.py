@@ -29,6 +29,7 @@ DEFAULT_CELL = (8, 16)
 
 _PROGRAMS: dict[str, Protocol] = {"ghostty": "kitty", "iTerm.app": "iterm", "WezTerm": "iterm", "vscode": "iterm"}
 _KITTY_TERMS = {"xterm-kitty", "xterm-ghostty"}
+_RGB = "`tmux set -as terminal-features ,*:RGB` and a new client change that"
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,13 @@ def detect(
             f"{source} is iterm inside tmux, screen or zellij, which place no inline pictures; choose halfblock or kitty"
         )
     outer = ask() if tmux else None
+    if choice == "kitty" and outer is not None and not outer.truecolor:
+        raise RequestError(f"{source} is kitty, but tmux sends {outer.term} no 24-bit colours, which it needs; {_RGB}")
     found, reason = _protocol(environ, outer) if choice == "auto" else (choice, f"{source} is {choice}")
     return Terminal(
         pictures=found,  # type: ignore[arg-type]  # choice is one of CHOICES without auto
         reason=reason,
-        truecolor=_truecolor(environ, outer, macos),
+        truecolor=_truecolor(environ, outer, macos, found),
         tmux=tmux,
         remote="SSH_CONNECTION" in environ or "SSH_TTY" in environ,
     )
@@ -108,6 +111,8 @@ def _protocol(environ: Mapping[str, str], outer: Outer | None) -> tuple[Protocol
             return "halfblock", f"tmux runs in {outer.term}"
         if not outer.passthrough:
             return "halfblock", "tmux keeps graphics back; `tmux set -g allow-passthrough on` lets them through"
+        if not outer.truecolor:  # a picture's number is sent as a colour
+            return "halfblock", f"tmux sends {outer.term} no 24-bit colours; {_RGB}"
         return "kitty", f"tmux runs in {outer.term} and lets graphics through"
     for variable, name in (("STY", "screen"), ("ZELLIJ", "zellij")):
         if variable in environ:
@@ -132,7 +137,7 @@ def _protocol(environ: Mapping[str, str], outer: Outer | None) -> tuple[Protocol
     return "halfblock", f"nothing better is known of TERM={environ.get('TERM', '')[:40]}"
 
 
-def _truecolor(environ: Mapping[str, str], outer: Outer | None, macos: int | None) -> bool | None:
+def _truecolor(environ: Mapping[str, str], outer: Outer | None, macos: int | None, found: str) -> bool | None:
     if "TMUX" in environ:
         # tmux sets COLORTERM for us and then turns colours into the nearest of 256, undithered, if it must.
         return outer.truecolor if outer else None
@@ -143,7 +148,7 @@ def _truecolor(environ: Mapping[str, str], outer: Outer | None, macos: int | Non
             macos = int(platform.mac_ver()[0].split(".")[0] or 0)
         return macos >= 26
     # ssh passes TERM along but not COLORTERM.
-    return True if _protocol(environ, None)[0] in ("kitty", "iterm") else None
+    return True if found == "kitty" or _protocol(environ, None)[0] in ("kitty", "iterm") else None
 
 
 def claim_colours(terminal: Terminal, environ: MutableMapping[str, str] = os.environ) -> None:
