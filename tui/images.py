@@ -100,7 +100,7 @@ def _palette_image(greys: int = 0) -> Image.Image:
     from PIL import Image
 
     colours = [(255 * i // (greys - 1),) * 3 for i in range(greys)] if greys else palette()
-    colours += colours[:1] * (256 - len(colours))
+    colours = [*colours, *colours[:1] * (256 - len(colours))]
     image = Image.new("P", (1, 1))
     image.putpalette([channel for colour in colours for channel in colour])
     return image
