@@ -69,6 +69,8 @@ class Canvas(Widget):
         self._drawing: Drawing | None = None
         self._strips: list[Strip] = []
         self._kitty: pixels.KittyPictures | None = None
+        self._number: int | None = None
+        """Of the kitty picture that is to be seen."""
         self._kept: tuple[Hashable, ...] = ()
         self._sharp: dict[Hashable, bytes] = {}
         self._inline: bytes | None = None
@@ -153,11 +155,12 @@ class Canvas(Widget):
             if number is None:
                 data = sharp or self._sharp.get(drawing.key) or self._encode_quick(drawing)
                 number = self._kitty.show(drawing.key, data, drawing.columns, drawing.rows)
+            self._number = number
             self._strips = pixels.placeholders(number, drawing.columns, drawing.rows)
             self.refresh()
             replaced = [n for n, key in self._kitty.held.items() if n != number and key not in self._kept]
             if replaced:  # only when the new cells are out, or the old picture would leave a hole for a moment
-                self.call_after_refresh(self._kitty.delete, replaced)
+                self.call_after_refresh(self._delete, replaced)
             return
         self._inline = sharp or self._sharp.get(drawing.key) or self._encode_quick(drawing)
         self._strips = self._half_blocks(drawing)
@@ -165,6 +168,12 @@ class Canvas(Widget):
             self._write_inline()  # over the old one: the half-blocks below need not flash up
         else:
             self.refresh()
+
+    def _delete(self, numbers: list[int]) -> None:
+        """Take kitty pictures back, but for those that are wanted again by now."""
+        if self._kitty is not None:
+            held = self._kitty.held
+            self._kitty.delete([n for n in numbers if n != self._number and held.get(n) not in self._kept])
 
     def _sharpen(self, drawing: Drawing) -> None:
         self.run_worker(self._send_sharp(drawing), group="sharp", exclusive=True)
