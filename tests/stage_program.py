@@ -5,8 +5,7 @@ import sys
 import numpy as np
 from PIL import Image
 from textual.app import App, ComposeResult
-from textual.screen import ModalScreen
-from textual.widgets import Footer, Label
+from textual.widgets import Footer
 
 from tui.stage import Stage
 
@@ -19,15 +18,8 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(RANDOM.integers(0, 256, (height, width, 3), np.uint8))
 
 
-class Dialog(ModalScreen[None]):
-    BINDINGS = [("x", "dismiss", "Close")]  # noqa: RUF012
-
-    def compose(self) -> ComposeResult:
-        yield Label("a dialog")
-
-
 class Program(App[None]):
-    BINDINGS = [("q", "quit", "Quit"), ("d", "dialog", "Dialog"), ("b", "break", "Break"), ("h", "hide", "Hide")]  # noqa: RUF012
+    BINDINGS = [("q", "quit", "Quit"), ("b", "break", "Break")]  # noqa: RUF012
     ENABLE_COMMAND_PALETTE = False
 
     def compose(self) -> ComposeResult:
@@ -51,12 +43,6 @@ class Program(App[None]):
         elif self.stage._preview_timer is None:
             self.stage._preview_due = 0.0
             self.stage.show_preview(noise(512, 344), f"step {done + 1} of 28")
-
-    def action_dialog(self) -> None:
-        self.push_screen(Dialog())
-
-    def action_hide(self) -> None:
-        self.stage.display = not self.stage.display
 
     def action_break(self) -> None:
         raise RuntimeError("broken on purpose")

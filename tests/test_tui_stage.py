@@ -67,7 +67,7 @@ def run(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(driver, "write", lambda app, text: setattr(app, "sent", app.sent + text))
             patch.setattr(canvas, "_REST", 0.01)
-            async with app.run_test(size=size) as pilot:
+            async with app.run_test(size=size, notifications=True) as pilot:
                 await pilot.pause()
                 await test(app, pilot)
 
@@ -270,6 +270,8 @@ def test_hidden_or_covered_the_stage_sends_nothing(pictures: str) -> None:
         for away, back in [
             (lambda: setattr(app.stage, "display", False), lambda: setattr(app.stage, "display", True)),
             (lambda: app.push_screen(ModalScreen()), lambda: app.pop_screen()),
+            # what Ctrl+Z and the return from it come to
+            (lambda: app._driver.stop_application_mode(), lambda: app.app_resume_signal.publish(app)),  # type: ignore[union-attr]
         ]:
             away()
             await settle(app, pilot)
@@ -433,10 +435,21 @@ def test_no_picture_stays_when_the_program_ends(keys: str, status: int) -> None:
     assert max(command.place for command in kitty_commands(screen.data)) <= screen.data.rindex(b"\x1b[?1049l")
 
 
-def test_in_a_terminal_without_graphics_there_are_only_half_blocks() -> None:
-    screen = pty_program("picture", TERM="xterm-256color", COLORTERM="")
-    screen.read(20, until="▀".encode())
+@pytest.mark.parametrize(
+    ("environ", "present", "absent"),
+    [
+        ({"TERM": "xterm-256color", "COLORTERM": ""}, ["▀", "38;5;"], ["\x1b_G", "]1337", "38;2;"]),
+        ({"TERM": "xterm-256color"}, ["▀", "38;2;"], ["\x1b_G", "]1337"]),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, ["▒"], ["\x1b_G", "]1337", "▀"]),
+        ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, ["]1337;File=", "▀"], ["\x1b_G"]),
+        ({"MLX_KONTEXT_IMAGES": "halfblock"}, ["▀"], ["\x1b_G", "]1337"]),
+    ],
+)
+def test_other_terminals(environ: dict[str, str], present: list[str], absent: list[str]) -> None:
+    screen = pty_program("picture", **environ)
+    screen.read(20, until=present[0].encode())
     screen.press("q")
     assert screen.close() == 0
-    assert b"\x1b_G" not in screen.data and b"1337" not in screen.data
-    assert b"38;5;" in screen.data and b"38;2;" not in screen.data
+    for texts, expected in ((present, True), (absent, False)):
+        for text in texts:
+            assert (text.encode() in screen.data) == expected, text
