@@ -78,7 +78,7 @@ class Canvas(Widget):
         """Where an inline picture was last drawn and still stands, as far as we know."""
         self._rest: Timer | None = None
         self._inline_due = False
-        self._left = self._hidden = False
+        self._left = False
 
     @property
     def cell(self) -> tuple[int, int]:
@@ -96,8 +96,8 @@ class Canvas(Widget):
 
     @property
     def _in_sight(self) -> bool:
-        """Whether pixels may be sent: nothing lies over all of us, and the terminal is ours."""
-        return not self._left and not self._hidden and self.screen is self.app.screen
+        """Whether pixels may be sent: we have room (none while hidden), no dialog is on top, the terminal is ours."""
+        return not self._left and bool(self.size) and self.screen is self.app.screen
 
     @property
     def picture_rows(self) -> int:
@@ -261,11 +261,9 @@ class Canvas(Widget):
         self._forget_pixels()
 
     def on_hide(self) -> None:
-        self._hidden = True
         self._forget_pixels()
 
     def on_show(self) -> None:
-        self._hidden = False
         self.paint(self._drawing, self._kept)
 
     def _on_screen_change(self, screen: Any) -> None:
