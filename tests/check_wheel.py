@@ -16,8 +16,9 @@ def expected_files() -> set[str]:
         "\n"
     )
     names = {name for name in tracked if name.startswith("mlx_kontext/")}
-    demo = "assets/demo/model/"
-    return names | {name.replace(demo, "mlx_kontext_demo/") for name in tracked if name.startswith(demo)}
+    for folder, package in {"assets/demo/model/": "mlx_kontext_demo/", "tui/": "mlx_kontext_tui/"}.items():
+        names |= {name.replace(folder, package, 1) for name in tracked if name.startswith(folder)}
+    return names
 
 
 def main() -> None:
