@@ -274,6 +274,8 @@ def test_memory_comes_back() -> None:
 
 
 def test_interrupting_a_caller_cancels_his_edit() -> None:
+    # a shell that starts tests in the background has them ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watched = Watched(process=False)
     with watched.engine as engine:
 
@@ -283,8 +285,11 @@ def test_interrupting_a_caller_cancels_his_edit() -> None:
 
         thread = threading.Thread(target=interrupt)
         thread.start()
-        with pytest.raises(KeyboardInterrupt):
-            engine.edit(SAMPLE, PROMPT, num_inference_steps=1000)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                engine.edit(SAMPLE, PROMPT, num_inference_steps=1000)
+        finally:
+            signal.signal(signal.SIGINT, before)
         thread.join()
         watched.until(lambda e: isinstance(e, Cancelled))
 
