@@ -263,7 +263,7 @@ def test_convert_py_is_the_same_command() -> None:
 
 @pytest.mark.slow
 def test_a_tenth_of_the_full_size(tmp_path: Path) -> None:
-    """True widths, a tenth of the depth: memory, and the same bytes after three kills. Ratios are told, loads differ."""
+    """True widths, a tenth of the depth: memory, and the same bytes after three kills. Ratios are told and not judged: loads differ."""
     script = Path(__file__).parent / "full_size_convert.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path, "--depth", "0.1", "--schemes", "q8", "q4m"], capture_output=True, text=True
@@ -272,7 +272,7 @@ def test_a_tenth_of_the_full_size(tmp_path: Path) -> None:
     for line in done.stdout.splitlines():
         print(line)
         found = json.loads(line)
-        assert found["peak GB"] <= 2 and found["same bytes"] and found["ratio"] < 1.5
+        assert found["peak GB"] <= 2 and found["same bytes"]
 
 
 def test_full_picture_of_a_converted_folder(tmp_path: Path) -> None:
