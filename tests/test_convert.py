@@ -263,7 +263,7 @@ def test_convert_py_is_the_same_command() -> None:
 
 @pytest.mark.slow
 def test_a_tenth_of_the_full_size(tmp_path: Path) -> None:
-    """True widths, a tenth of the depth: memory, and the same bytes after three kills. Ratios are told and not judged: loads differ."""
+    """True widths, a tenth of the depth: memory, and the same bytes after three kills. Ratios are told, not judged."""
     script = Path(__file__).parent / "full_size_convert.py"
     done = subprocess.run(
         [sys.executable, script, tmp_path, "--depth", "0.1", "--schemes", "q8", "q4m"], capture_output=True, text=True
