@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import resource
@@ -225,7 +226,12 @@ def main() -> None:
     source = args.folder / f"kontext-{args.depth:g}"
     if not (source / "model_index.json").exists():
         shutil.rmtree(source, ignore_errors=True)
-        write_source(source, args.depth)
+        # in a process of its own: Linux counts what its parent holds as a child's peak
+        writer = multiprocessing.get_context("spawn").Process(target=write_source, args=(source, args.depth))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            sys.exit(f"the source could not be written ({writer.exitcode})")
     for scheme in args.schemes:
         print(json.dumps(measure(source, args.folder / "out", scheme, args.kills, args.seed)), flush=True)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -253,6 +254,39 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (code, out) == (2, "") and said in err
     code, _, err = run("demo", folder, "-q", "q8")
     assert code == 2 and err.splitlines()[-1].startswith("error: ") and "not empty" in err
+
+
+def test_a_card_that_cannot_be_read_is_replaced(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(demo_folder(), tmp_path / "model"))
+    (model / "README.md").write_text("---\nlicense: [open\n---\n")
+    (model / "LICENSE.md").write_text("Do as you like.")
+    folder = convert_checkpoint(model, tmp_path / "ours")
+    assert "library_name: mlx" in (folder / "README.md").read_text()
+    assert (folder / "LICENSE.md").read_text() == "Do as you like." and not (folder / "NOTICE.txt").exists()
+
+
+def test_upload_comes_last_and_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `upload` itself demands and sends is tested in test_upload."""
+    asked: list[tuple[object, ...]] = []
+
+    def upload(folder: Path, repo: str, *, ask: Callable[[str], bool], private: bool) -> str | None:
+        asked.append((folder, repo, private, (folder / "model_index.json").is_file()))
+        return "https://hub/me/it" if ask("what is sent") else None
+
+    monkeypatch.setattr("mlx_kontext.hub.upload", upload)
+    command = ["convert", "demo", str(tmp_path / "ours"), "-q", "q8", "--upload-repo", "me/it"]
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--public", "--yes", "--json"])
+    told = capsys.readouterr()
+    assert not left.value.code and json.loads(told.out)["address"] == "https://hub/me/it" and "what is sent" in told.err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("click.confirm", lambda *_, **__: False)
+    with pytest.raises(SystemExit) as left:
+        main(command)
+    assert left.value.code == 1 and "nothing was uploaded" in capsys.readouterr().err
+    assert asked == [(tmp_path / "ours", "me/it", public, True) for public in (False, True)]
 
 
 def test_convert_py_is_the_same_command() -> None:

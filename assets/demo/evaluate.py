@@ -1,4 +1,4 @@
-"""Judge the demo model through our own pipeline: `python assets/demo/evaluate.py`. A quarter of an hour on two cores.
+"""Judge the demo model through our own pipeline: `python assets/demo/evaluate.py`. Half an hour on two cores.
 
 Scenes and prompts are drawn with seeds that training never uses. Prints a table; `--json FILE` keeps every figure.
 """

@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: `python assets/demo/train.py`. About two hours on two CPU cores.
+"""Train the demo model from nothing: `python assets/demo/train.py`. About three hours on two CPU cores.
 
 Needs the `test` extra (torch, diffusers, transformers) and a C++ compiler. Three stages, each resumed where it stopped and
 skipped when it is done; what lies between is kept in `--work`:

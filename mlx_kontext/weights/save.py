@@ -211,11 +211,14 @@ def _change(checkpoint: Checkpoint, fused: bool) -> str:
 
 def _write_papers(checkpoint: Checkpoint, folder: Path, change: str) -> None:
     """Licence texts go along; the card is ours unless the source has one that is about these weights for MLX."""
-    source = checkpoint.folder if checkpoint.folder.is_dir() else checkpoint.folder.parent
+    source = checkpoint.folder  # of single files it is one of them, and what lies beside may be about anything
     for path in (*source.glob("LICENSE*"), source / "NOTICE.txt"):
         if path.is_file() and not (path.name == "NOTICE.txt" and checkpoint.scheme):
             shutil.copyfile(path, folder / path.name)
-    fields = card_fields(source / "README.md") if checkpoint.folder.is_dir() else {}
+    try:
+        fields = card_fields(source / "README.md")
+    except CheckpointError:  # a stranger's card that cannot be read is no reason to stop at the end of an hour's work
+        fields = {}
     if fields.get("library_name") == "mlx":
         shutil.copyfile(source / "README.md", folder / "README.md")
         return
