@@ -274,8 +274,6 @@ def test_memory_comes_back() -> None:
 
 
 def test_interrupting_a_caller_cancels_his_edit() -> None:
-    # a shell that starts tests in the background has them ignore Ctrl-C
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watched = Watched(process=False)
     with watched.engine as engine:
 
@@ -285,11 +283,8 @@ def test_interrupting_a_caller_cancels_his_edit() -> None:
 
         thread = threading.Thread(target=interrupt)
         thread.start()
-        try:
-            with pytest.raises(KeyboardInterrupt):
-                engine.edit(SAMPLE, PROMPT, num_inference_steps=1000)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        with pytest.raises(KeyboardInterrupt):
+            engine.edit(SAMPLE, PROMPT, num_inference_steps=1000)
         thread.join()
         watched.until(lambda e: isinstance(e, Cancelled))
 
@@ -306,7 +301,8 @@ def test_closing_from_within_an_event(process: bool) -> None:
             closed.set()
 
     engine = Engine("demo", process=process, on_event=put)
-    engine.submit(SAMPLE, PROMPT, num_inference_steps=1000)
+    # large, so that a step takes longer than the heartbeat waits; between quick steps it has nothing to tell
+    engine.submit(SAMPLE, PROMPT, num_inference_steps=1000, width=512, height=512)
     assert closed.wait(60)
 
 
