@@ -112,7 +112,7 @@ def pipe() -> Any:
     if not _PIPE:
         from mlx_kontext import KontextPipeline
 
-        _PIPE.append(KontextPipeline.from_pretrained(OPTIONS["model"], quantize=OPTIONS["quantize"]))
+        _PIPE.append(KontextPipeline.from_pretrained(OPTIONS["model"], quantize=OPTIONS.get("quantize")))
     return _PIPE[0]
 
 
